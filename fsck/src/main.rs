@@ -1,0 +1,2 @@
+//! fsck.
+fn main() {}

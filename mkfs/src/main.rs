@@ -1,0 +1,2 @@
+//! mkfs.
+fn main() {}

@@ -1,0 +1,2 @@
+//! coppice.
+fn main() {}
