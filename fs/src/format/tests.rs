@@ -1,0 +1,1 @@
+//! Golden bytes and totality of every decoder.
