@@ -1,1 +1,3 @@
 //! memory.
+mod buffer;
+pub use buffer::{ALIGNMENT_BYTES, AlignedBuffer};
