@@ -1,0 +1,713 @@
+//! fuser's trait on top of [`Operations`]: decode, call, reply. No decisions of the filesystem's are made here.
+//!
+//! Invariants:
+//! 1. Every request is answered exactly once. A panic in one is caught, counted and logged, that request gets `EIO` (fuser's
+//!    reply sends it when it is dropped), the filesystem is told to latch read-only, and the session goes on.
+//! 2. `ENOSYS` never leaves: the kernel would latch it. Every method of fuser's trait is overridden for the same reason.
+//! 3. Nothing of the filesystem is locked while a reply is written.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use fuser::{
+    AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, FopenFlags, Generation, INodeNo, IoctlFlags,
+    KernelConfig, LockOwner, OpenFlags, PollEvents, PollFlags, PollNotifier, RenameFlags, ReplyAttr, ReplyBmap,
+    ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLock,
+    ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+};
+
+use super::attributes::{self, LIFETIME};
+use super::init::{self, DataCache, Negotiated};
+use super::operations::{
+    COPY_BYTES_MAX, Caller, CopyRequest, Emitted, Entry, IoctlRequest, Lookup, Operations, PageBatch, ReadRequest,
+    Seek, SetAttributes, WriteRequest,
+};
+use crate::error::{Error, Result};
+use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::{Arc, Mutex};
+
+/// Largest value that fits behind fuser's reply in one piece; above it `listxattr` and `getxattr` cannot ask anyway.
+const ERANGE: Errno = Errno::ERANGE;
+
+thread_local! {
+    /// Where a reply of several runs is gathered; at most one request's size, kept for the next.
+    static GATHERED: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// See the module's documentation.
+pub(super) struct Adapter<O: Operations> {
+    operations: Arc<O>,
+    data_cache: DataCache,
+    negotiated: Arc<Mutex<Negotiated>>,
+    phantoms: Phantoms,
+}
+
+/// Lookups that the kernel will give back though none was counted: entries of readdirplus without attributes (see
+/// [`attributes::refused`]). They are taken off the next forgets of their node.
+#[derive(Default)]
+struct Phantoms {
+    any: AtomicBool,
+    lookups: Mutex<HashMap<u64, u64>>,
+}
+
+impl Phantoms {
+    fn add(&self, node: u64) {
+        let mut lookups = self.lookups.lock();
+        *lookups.entry(node).or_default() += 1;
+        self.any.store(true, Ordering::Release);
+    }
+
+    /// How many of `given_back` lookups of `node` had been counted.
+    fn take_off(&self, node: u64, given_back: u64) -> u64 {
+        if !self.any.load(Ordering::Acquire) {
+            return given_back;
+        }
+        let mut lookups = self.lookups.lock();
+        let Some(phantom) = lookups.get_mut(&node) else { return given_back };
+        let taken = (*phantom).min(given_back);
+        *phantom -= taken;
+        if *phantom == 0 {
+            lookups.remove(&node);
+            self.any.store(!lookups.is_empty(), Ordering::Release);
+        }
+        given_back - taken
+    }
+}
+
+impl<O: Operations> Adapter<O> {
+    pub(super) fn new(operations: Arc<O>, data_cache: DataCache, negotiated: Arc<Mutex<Negotiated>>) -> Self {
+        Self { operations, data_cache, negotiated, phantoms: Phantoms::default() }
+    }
+
+    /// Runs one request; see invariant 1.
+    fn guarded(&self, operation: &'static str, body: impl FnOnce(&O)) {
+        let Err(payload) = catch_unwind(AssertUnwindSafe(|| body(&self.operations))) else { return };
+        let message = panic_message(payload.as_ref());
+        self.operations.metrics().vfs_panics.increment();
+        tracing::error!(operation, message, "a request panicked: it fails with EIO, the filesystem becomes read-only");
+        if catch_unwind(AssertUnwindSafe(|| self.operations.request_panicked(operation, message))).is_err() {
+            tracing::error!("latching read-only panicked, too");
+        }
+    }
+
+    fn open_flags(&self, flags: i32) -> FopenFlags {
+        match self.data_cache {
+            DataCache::Kernel => FopenFlags::FOPEN_KEEP_CACHE,
+            // Parallel only on O_DIRECT descriptors: a larger write would lose its atomicity elsewhere.
+            DataCache::Daemon if flags & libc::O_DIRECT != 0 => {
+                FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES
+            }
+            DataCache::Daemon => FopenFlags::FOPEN_DIRECT_IO,
+        }
+    }
+}
+
+fn panic_message(payload: &(dyn std::any::Any + Send)) -> &str {
+    payload
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| payload.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("a panic without a message")
+}
+
+/// The errno that the kernel gets; see invariant 2.
+fn errno(operation: &'static str, error: &Error) -> Errno {
+    let code = error.errno().raw_os_error();
+    match error {
+        Error::Posix(_) => tracing::trace!(operation, code, "refused"),
+        Error::Bug(_) => tracing::error!(operation, %error, "request failed"),
+        _ => tracing::debug!(operation, code, %error, "request failed"),
+    }
+    if code == libc::ENOSYS { Errno::EIO } else { Errno::from_i32(code) }
+}
+
+fn caller(request: &Request, umask: u32) -> Caller {
+    Caller { uid: request.uid(), gid: request.gid(), pid: request.pid(), umask }
+}
+
+fn reply_entry(operation: &'static str, reply: ReplyEntry, result: Result<Entry>) {
+    match result {
+        Ok(entry) => reply.entry_with_ttls(
+            &attributes::lifetime(&entry.attributes),
+            &LIFETIME,
+            &attributes::file_attributes(&entry.attributes),
+            Generation(entry.generation),
+        ),
+        Err(error) => reply.error(errno(operation, &error)),
+    }
+}
+
+fn reply_empty(operation: &'static str, reply: ReplyEmpty, result: Result<()>) {
+    match result {
+        Ok(()) => reply.ok(),
+        Err(error) => reply.error(errno(operation, &error)),
+    }
+}
+
+/// Answers getxattr and listxattr: the size if the caller only asks for that, else the value if it fits.
+fn reply_sized(operation: &'static str, reply: ReplyXattr, size: u32, result: Result<Vec<u8>>) {
+    match result {
+        Ok(value) => match u32::try_from(value.len()) {
+            Ok(length) if size == 0 => reply.size(length),
+            Ok(length) if length <= size => reply.data(&value),
+            _ => reply.error(ERANGE),
+        },
+        Err(error) => reply.error(errno(operation, &error)),
+    }
+}
+
+/// Sends what was read: one run as it lies in memory, several gathered into one buffer (fuser's reply takes one slice).
+fn reply_pages<O: Operations>(operations: &O, reply: ReplyData, pages: &O::Pages) {
+    let metrics = operations.metrics();
+    match pages.slice_count() {
+        0 => reply.data(&[]),
+        1 => {
+            let bytes = pages.slice(0);
+            metrics.reply_bytes_referenced.add(bytes.len() as u64);
+            reply.data(bytes);
+        }
+        count => GATHERED.with_borrow_mut(|gathered| {
+            gathered.clear();
+            for index in 0..count {
+                gathered.extend_from_slice(pages.slice(index));
+            }
+            metrics.reply_bytes_copied.add(gathered.len() as u64);
+            reply.data(gathered);
+        }),
+    }
+}
+
+impl<O: Operations> fuser::Filesystem for Adapter<O> {
+    fn init(&mut self, _: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
+        *self.negotiated.lock() = init::negotiate(config);
+        Ok(())
+    }
+
+    fn destroy(&mut self) {}
+
+    fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        self.guarded("lookup", |operations| match operations.lookup(&caller(request, 0), parent.0, name) {
+            Ok(Lookup::Found(entry)) => reply_entry("lookup", reply, Ok(entry)),
+            Ok(Lookup::Absent) => {
+                reply.entry_with_ttls(&Duration::ZERO, &LIFETIME, &attributes::absent(), Generation(0));
+            }
+            Err(error) => reply.error(errno("lookup", &error)),
+        });
+    }
+
+    fn forget(&self, _: &Request, node: INodeNo, lookups: u64) {
+        self.guarded("forget", |operations| match self.phantoms.take_off(node.0, lookups) {
+            0 => {}
+            counted => operations.forget(node.0, counted),
+        });
+    }
+
+    fn getattr(&self, request: &Request, node: INodeNo, handle: Option<FileHandle>, reply: ReplyAttr) {
+        self.guarded("getattr", |operations| {
+            match operations.get_attributes(&caller(request, 0), node.0, handle.map(|handle| handle.0)) {
+                Ok(found) => reply.attr(&attributes::lifetime(&found), &attributes::file_attributes(&found)),
+                Err(error) => reply.error(errno("getattr", &error)),
+            }
+        });
+    }
+
+    fn setattr(
+        &self,
+        request: &Request,
+        node: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        atime: Option<TimeOrNow>,
+        mtime: Option<TimeOrNow>,
+        ctime: Option<SystemTime>,
+        handle: Option<FileHandle>,
+        _: Option<SystemTime>,
+        _: Option<SystemTime>,
+        _: Option<SystemTime>,
+        _: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        self.guarded("setattr", |operations| {
+            let changes = SetAttributes {
+                mode,
+                uid,
+                gid,
+                size_bytes: size,
+                access_time: atime.map(attributes::set_time),
+                modification_time: mtime.map(attributes::set_time),
+                change_time: ctime.map(attributes::timestamp),
+                handle: handle.map(|handle| handle.0),
+            };
+            match operations.set_attributes(&caller(request, 0), node.0, &changes) {
+                Ok(found) => reply.attr(&attributes::lifetime(&found), &attributes::file_attributes(&found)),
+                Err(error) => reply.error(errno("setattr", &error)),
+            }
+        });
+    }
+
+    fn readlink(&self, request: &Request, node: INodeNo, reply: ReplyData) {
+        self.guarded("readlink", |operations| match operations.readlink(&caller(request, 0), node.0) {
+            Ok(target) => reply.data(&target),
+            Err(error) => reply.error(errno("readlink", &error)),
+        });
+    }
+
+    fn mknod(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        umask: u32,
+        device: u32,
+        reply: ReplyEntry,
+    ) {
+        self.guarded("mknod", |operations| {
+            reply_entry("mknod", reply, operations.mknod(&caller(request, umask), parent.0, name, mode, device));
+        });
+    }
+
+    fn mkdir(&self, request: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, reply: ReplyEntry) {
+        self.guarded("mkdir", |operations| {
+            reply_entry("mkdir", reply, operations.mkdir(&caller(request, umask), parent.0, name, mode));
+        });
+    }
+
+    fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        self.guarded("unlink", |operations| {
+            reply_empty("unlink", reply, operations.unlink(&caller(request, 0), parent.0, name));
+        });
+    }
+
+    fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        self.guarded("rmdir", |operations| {
+            reply_empty("rmdir", reply, operations.rmdir(&caller(request, 0), parent.0, name));
+        });
+    }
+
+    fn symlink(&self, request: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
+        self.guarded("symlink", |operations| {
+            let target = target.as_os_str().as_bytes();
+            reply_entry("symlink", reply, operations.symlink(&caller(request, 0), parent.0, name, target));
+        });
+    }
+
+    fn rename(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        new_parent: INodeNo,
+        new_name: &OsStr,
+        flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        self.guarded("rename", |operations| {
+            let result = operations.rename(&caller(request, 0), parent.0, name, new_parent.0, new_name, flags.bits());
+            reply_empty("rename", reply, result);
+        });
+    }
+
+    fn link(&self, request: &Request, node: INodeNo, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        self.guarded("link", |operations| {
+            reply_entry("link", reply, operations.link(&caller(request, 0), node.0, parent.0, name));
+        });
+    }
+
+    fn open(&self, request: &Request, node: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        self.guarded("open", |operations| match operations.open(&caller(request, 0), node.0, flags.0) {
+            Ok(opened) => reply.opened(FileHandle(opened.handle), self.open_flags(flags.0)),
+            Err(error) => reply.error(errno("open", &error)),
+        });
+    }
+
+    fn read(
+        &self,
+        request: &Request,
+        node: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        size: u32,
+        flags: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        self.guarded("read", |operations| {
+            let read = ReadRequest {
+                node: node.0,
+                handle: handle.0,
+                offset,
+                length_bytes: size,
+                direct: flags.0 & libc::O_DIRECT != 0,
+            };
+            match operations.read(&caller(request, 0), &read) {
+                Ok(pages) => reply_pages(operations, reply, &pages),
+                Err(error) => reply.error(errno("read", &error)),
+            }
+        });
+    }
+
+    fn write(
+        &self,
+        request: &Request,
+        node: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        data: &[u8],
+        write_flags: WriteFlags,
+        flags: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        self.guarded("write", |operations| {
+            // A delayed write's handle is a guess, and so are its flags.
+            let from_page_cache = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
+            let flag = |bits: i32| !from_page_cache && flags.0 & bits != 0;
+            let write = WriteRequest {
+                node: node.0,
+                handle: handle.0,
+                offset,
+                data,
+                direct: flag(libc::O_DIRECT),
+                append: flag(libc::O_APPEND),
+                synchronous: flag(libc::O_DSYNC),
+                from_page_cache,
+                clear_set_id: write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID),
+            };
+            match operations.write(&caller(request, 0), &write) {
+                Ok(written_bytes) => reply.written(written_bytes),
+                Err(error) => reply.error(errno("write", &error)),
+            }
+        });
+    }
+
+    fn flush(&self, request: &Request, node: INodeNo, handle: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+        self.guarded("flush", |operations| {
+            reply_empty("flush", reply, operations.flush(&caller(request, 0), node.0, handle.0));
+        });
+    }
+
+    fn release(
+        &self,
+        _: &Request,
+        node: INodeNo,
+        handle: FileHandle,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        _: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.guarded("release", |operations| reply_empty("release", reply, operations.release(node.0, handle.0)));
+    }
+
+    fn fsync(&self, request: &Request, node: INodeNo, handle: FileHandle, data_only: bool, reply: ReplyEmpty) {
+        self.guarded("fsync", |operations| {
+            reply_empty("fsync", reply, operations.fsync(&caller(request, 0), node.0, handle.0, data_only));
+        });
+    }
+
+    fn opendir(&self, request: &Request, node: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        self.guarded("opendir", |operations| match operations.opendir(&caller(request, 0), node.0, flags.0) {
+            Ok(opened) => reply.opened(FileHandle(opened.handle), FopenFlags::empty()),
+            Err(error) => reply.error(errno("opendir", &error)),
+        });
+    }
+
+    fn readdir(&self, request: &Request, node: INodeNo, handle: FileHandle, cookie: u64, mut reply: ReplyDirectory) {
+        self.guarded("readdir", |operations| {
+            let mut accepted = 0_u64;
+            let result = operations.readdir(&caller(request, 0), node.0, handle.0, cookie, &mut |entry| {
+                let kind = attributes::file_type(entry.file_type);
+                if reply.add(INodeNo(entry.node), entry.next_cookie, kind, entry.name) {
+                    return Emitted::Full;
+                }
+                accepted += 1;
+                Emitted::Accepted
+            });
+            match result {
+                Err(error) if accepted == 0 => reply.error(errno("readdir", &error)),
+                _ => reply.ok(),
+            }
+        });
+    }
+
+    fn readdirplus(
+        &self,
+        request: &Request,
+        node: INodeNo,
+        handle: FileHandle,
+        cookie: u64,
+        mut reply: ReplyDirectoryPlus,
+    ) {
+        self.guarded("readdirplus", |operations| {
+            let mut accepted = 0_u64;
+            let result = operations.readdirplus(&caller(request, 0), node.0, handle.0, cookie, &mut |name, entry| {
+                let (lifetime, attr, generation) = match entry {
+                    Some(entry) => (
+                        attributes::lifetime(&entry.attributes),
+                        attributes::file_attributes(&entry.attributes),
+                        entry.generation,
+                    ),
+                    None => (Duration::ZERO, attributes::refused(name.node, name.file_type), 0),
+                };
+                let node = INodeNo(name.node);
+                if reply.add(node, name.next_cookie, name.name, &lifetime, &attr, Generation(generation)) {
+                    return Emitted::Full;
+                }
+                if entry.is_none() {
+                    self.phantoms.add(name.node);
+                }
+                accepted += 1;
+                Emitted::Accepted
+            });
+            match result {
+                Err(error) if accepted == 0 => reply.error(errno("readdirplus", &error)),
+                _ => reply.ok(),
+            }
+        });
+    }
+
+    fn releasedir(&self, _: &Request, node: INodeNo, handle: FileHandle, _: OpenFlags, reply: ReplyEmpty) {
+        self.guarded("releasedir", |operations| {
+            reply_empty("releasedir", reply, operations.releasedir(node.0, handle.0));
+        });
+    }
+
+    fn fsyncdir(&self, request: &Request, node: INodeNo, handle: FileHandle, data_only: bool, reply: ReplyEmpty) {
+        self.guarded("fsyncdir", |operations| {
+            reply_empty("fsyncdir", reply, operations.fsyncdir(&caller(request, 0), node.0, handle.0, data_only));
+        });
+    }
+
+    fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
+        self.guarded("statfs", |operations| match operations.statistics() {
+            Ok(found) => reply.statfs(
+                found.blocks,
+                found.blocks_free,
+                found.blocks_available,
+                found.files,
+                found.files_free,
+                found.block_bytes,
+                found.name_bytes_max,
+                found.block_bytes,
+            ),
+            Err(error) => reply.error(errno("statfs", &error)),
+        });
+    }
+
+    fn setxattr(
+        &self,
+        request: &Request,
+        node: INodeNo,
+        name: &OsStr,
+        value: &[u8],
+        flags: i32,
+        _: u32,
+        reply: ReplyEmpty,
+    ) {
+        self.guarded("setxattr", |operations| {
+            reply_empty("setxattr", reply, operations.set_xattr(&caller(request, 0), node.0, name, value, flags));
+        });
+    }
+
+    fn getxattr(&self, request: &Request, node: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        self.guarded("getxattr", |operations| {
+            reply_sized("getxattr", reply, size, operations.get_xattr(&caller(request, 0), node.0, name));
+        });
+    }
+
+    fn listxattr(&self, request: &Request, node: INodeNo, size: u32, reply: ReplyXattr) {
+        self.guarded("listxattr", |operations| {
+            reply_sized("listxattr", reply, size, operations.list_xattrs(&caller(request, 0), node.0));
+        });
+    }
+
+    fn removexattr(&self, request: &Request, node: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        self.guarded("removexattr", |operations| {
+            reply_empty("removexattr", reply, operations.remove_xattr(&caller(request, 0), node.0, name));
+        });
+    }
+
+    /// Never asked with `default_permissions`.
+    fn access(&self, _: &Request, _: INodeNo, _: AccessFlags, reply: ReplyEmpty) {
+        reply.ok();
+    }
+
+    fn create(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        umask: u32,
+        flags: i32,
+        reply: ReplyCreate,
+    ) {
+        self.guarded("create", |operations| {
+            match operations.create(&caller(request, umask), parent.0, name, mode, flags) {
+                Ok((entry, opened)) => reply.created(
+                    &attributes::lifetime(&entry.attributes),
+                    &attributes::file_attributes(&entry.attributes),
+                    Generation(entry.generation),
+                    FileHandle(opened.handle),
+                    self.open_flags(flags),
+                ),
+                Err(error) => reply.error(errno("create", &error)),
+            }
+        });
+    }
+
+    /// Never asked: locks stay the kernel's.
+    fn getlk(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        _: LockOwner,
+        _: u64,
+        _: u64,
+        _: i32,
+        _: u32,
+        reply: ReplyLock,
+    ) {
+        reply.error(Errno::EOPNOTSUPP);
+    }
+
+    /// Never asked: locks stay the kernel's.
+    fn setlk(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        _: LockOwner,
+        _: u64,
+        _: u64,
+        _: i32,
+        _: u32,
+        _: bool,
+        reply: ReplyEmpty,
+    ) {
+        reply.error(Errno::EOPNOTSUPP);
+    }
+
+    /// Never asked: only for filesystems with a block device of the kernel's.
+    fn bmap(&self, _: &Request, _: INodeNo, _: u32, _: u64, reply: ReplyBmap) {
+        reply.error(Errno::EOPNOTSUPP);
+    }
+
+    fn ioctl(
+        &self,
+        request: &Request,
+        node: INodeNo,
+        handle: FileHandle,
+        flags: IoctlFlags,
+        command: u32,
+        input: &[u8],
+        output_bytes_max: u32,
+        reply: ReplyIoctl,
+    ) {
+        self.guarded("ioctl", |operations| {
+            let ioctl = IoctlRequest {
+                node: node.0,
+                handle: handle.0,
+                directory: flags.contains(IoctlFlags::FUSE_IOCTL_DIR),
+                command,
+                input,
+                output_bytes_max,
+            };
+            match operations.ioctl(&caller(request, 0), &ioctl) {
+                Ok(answer) if answer.output.len() as u64 <= u64::from(output_bytes_max) => {
+                    reply.ioctl(answer.result, &answer.output);
+                }
+                Ok(_) => reply.error(Errno::EOVERFLOW),
+                Err(error) => reply.error(errno("ioctl", &error)),
+            }
+        });
+    }
+
+    /// Files are always ready.
+    fn poll(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        _: PollNotifier,
+        events: PollEvents,
+        _: PollFlags,
+        reply: ReplyPoll,
+    ) {
+        let ready = PollEvents::POLLIN | PollEvents::POLLOUT | PollEvents::POLLRDNORM | PollEvents::POLLWRNORM;
+        reply.poll(events & ready);
+    }
+
+    fn fallocate(
+        &self,
+        request: &Request,
+        node: INodeNo,
+        handle: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        self.guarded("fallocate", |operations| {
+            let result = operations.fallocate(&caller(request, 0), node.0, handle.0, offset, length, mode);
+            reply_empty("fallocate", reply, result);
+        });
+    }
+
+    fn lseek(&self, request: &Request, node: INodeNo, handle: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
+        self.guarded("lseek", |operations| {
+            let what = match whence {
+                libc::SEEK_DATA => Seek::Data,
+                libc::SEEK_HOLE => Seek::Hole,
+                _ => return reply.error(Errno::EINVAL),
+            };
+            let Ok(offset) = u64::try_from(offset) else { return reply.error(Errno::ENXIO) };
+            match operations.seek(&caller(request, 0), node.0, handle.0, offset, what) {
+                Ok(found) => match i64::try_from(found) {
+                    Ok(found) => reply.offset(found),
+                    Err(_) => reply.error(Errno::EOVERFLOW),
+                },
+                Err(error) => reply.error(errno("lseek", &error)),
+            }
+        });
+    }
+
+    fn copy_file_range(
+        &self,
+        request: &Request,
+        source: INodeNo,
+        source_handle: FileHandle,
+        source_offset: u64,
+        target: INodeNo,
+        target_handle: FileHandle,
+        target_offset: u64,
+        length: u64,
+        _: CopyFileRangeFlags,
+        reply: ReplyWrite,
+    ) {
+        self.guarded("copy_file_range", |operations| {
+            let copy = CopyRequest {
+                source_node: source.0,
+                source_handle: source_handle.0,
+                source_offset,
+                target_node: target.0,
+                target_handle: target_handle.0,
+                target_offset,
+                length_bytes: length.min(COPY_BYTES_MAX),
+            };
+            match operations.copy_file_range(&caller(request, 0), &copy) {
+                Ok(copied_bytes) => reply.written(u32::try_from(copied_bytes).unwrap_or(u32::MAX)),
+                Err(error) => reply.error(errno("copy_file_range", &error)),
+            }
+        });
+    }
+}
