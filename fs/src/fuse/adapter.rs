@@ -23,13 +23,14 @@ use fuser::{
 
 use super::attributes::{self, LIFETIME};
 use super::init::{self, DataCache, Negotiated};
-use super::operations::{
-    COPY_BYTES_MAX, Caller, CopyRequest, Emitted, Entry, IoctlRequest, Lookup, Operations, PageBatch, ReadRequest,
-    Seek, SetAttributes, WriteRequest,
-};
+use super::operations::{Operations, PageBatch};
 use crate::error::{Error, Result};
 use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Arc, Mutex};
+use crate::vfs::{
+    COPY_BYTES_MAX, Caller, CopyRequest, Emitted, Entry, IoctlRequest, Lookup, ReadRequest, Seek, SetAttributes,
+    WriteRequest,
+};
 
 /// Largest value that fits behind fuser's reply in one piece; above it `listxattr` and `getxattr` cannot ask anyway.
 const ERANGE: Errno = Errno::ERANGE;

@@ -4,9 +4,9 @@ use std::time::{Duration, SystemTime};
 
 use fuser::{FileAttr, FileType as FuserType, INodeNo, TimeOrNow};
 
-use super::operations::{Attributes, SetTime};
 use crate::env::Timestamp;
 use crate::format::namespace::FileType;
+use crate::vfs::{Attributes, SetTime};
 
 /// How long the kernel may keep a name or attributes: it hears of every change, since it makes them all.
 pub(super) const LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);

@@ -11,16 +11,17 @@ use std::time::SystemTime;
 
 use rustix::io::Errno;
 
-use super::operations::{
-    Attributes, Caller, CopyRequest, DirectoryEntry, Emitted, Entry, IoctlReply, IoctlRequest, Lookup, Opened,
-    Operations, PageBatch, ReadRequest, Seek, SetAttributes, SetTime, Statistics, WriteRequest,
-};
+use super::operations::{Operations, PageBatch};
 use crate::env::Timestamp;
 use crate::error::Result;
 use crate::format::namespace::{FileType, NAME_BYTES_MAX};
 use crate::metrics::Metrics;
 use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Mutex, MutexGuard};
+use crate::vfs::{
+    Attributes, Caller, CopyRequest, DirectoryEntry, Emitted, Entry, IoctlReply, IoctlRequest, Lookup, Opened,
+    ReadRequest, Seek, SetAttributes, SetTime, Statistics, WriteRequest,
+};
 
 /// Unit of content: what one slice of a reply holds at most.
 const BLOCK_BYTES: u64 = 64 << 10;

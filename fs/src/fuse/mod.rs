@@ -21,10 +21,7 @@ mod tests;
 
 pub use init::{DataCache, Negotiated, REQUEST_BYTES_MAX};
 pub use memory_filesystem::{MemoryFilesystem, Seen};
-pub use operations::{
-    Attributes, COPY_BYTES_MAX, Caller, CopyRequest, DirectoryEntry, Emitted, Entry, IoctlReply, IoctlRequest, Lookup,
-    Opened, Operations, PageBatch, ReadRequest, Seek, SetAttributes, SetTime, Statistics, WriteRequest,
-};
+pub use operations::{Operations, PageBatch};
 pub use session::{Session, SessionSettings};
 
 /// The type of our mounts: `fuse.coppice` in `/proc/mounts`.
