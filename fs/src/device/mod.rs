@@ -8,6 +8,20 @@
 //! All calls block until the whole batch is done; the batch is one submission to the host. A device has no lock that is held
 //! across I/O, so any number of threads may submit at once.
 
+mod check;
+mod checked;
+mod image;
+mod memory;
+mod sim;
+
+pub use checked::CheckedDevice;
+pub use image::{CHUNK_BYTES, Image};
+pub use memory::MemDevice;
+pub use sim::{
+    Boundary, BoundaryHook, BoundaryKind, CrashPlan, DiscardMode, PlanOptions, Plans, SECTOR_BYTES, Sectors, SimDevice,
+    SimOptions, Snapshot, Survivor, UnflushedWrite,
+};
+
 use crate::error::Result;
 
 /// One read of a batch.
