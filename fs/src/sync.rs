@@ -107,6 +107,58 @@ mod real {
         }
     }
 
+    /// Shared lock on a [`SharedRwLock`] that keeps the lock alive.
+    pub type OwnedReadGuard<T> = parking_lot::ArcRwLockReadGuard<parking_lot::RawRwLock, T>;
+    /// Exclusive lock on a [`SharedRwLock`] that keeps the lock alive.
+    pub type OwnedWriteGuard<T> = parking_lot::ArcRwLockWriteGuard<parking_lot::RawRwLock, T>;
+
+    /// Many readers or one writer, with guards that own a reference to the lock, so that a set of guards can be a value.
+    #[derive(Debug, Default)]
+    pub struct SharedRwLock<T>(Arc<parking_lot::RwLock<T>>);
+
+    impl<T> SharedRwLock<T> {
+        /// A new, unlocked lock.
+        pub fn new(value: T) -> Self {
+            Self(Arc::new(parking_lot::RwLock::new(value)))
+        }
+
+        /// Locks for reading. A thread never takes the same lock for reading twice.
+        pub fn read(&self) -> RwLockReadGuard<'_, T> {
+            count();
+            self.0.read()
+        }
+
+        /// Locks for writing.
+        pub fn write(&self) -> RwLockWriteGuard<'_, T> {
+            count();
+            self.0.write()
+        }
+
+        /// Locks for reading, by a guard of its own.
+        pub fn read_owned(&self) -> OwnedReadGuard<T> {
+            count();
+            self.0.read_arc()
+        }
+
+        /// Locks for writing, by a guard of its own.
+        pub fn write_owned(&self) -> OwnedWriteGuard<T> {
+            count();
+            self.0.write_arc()
+        }
+
+        /// As [`Self::read_owned`], if that needs no waiting.
+        pub fn try_read_owned(&self) -> Option<OwnedReadGuard<T>> {
+            count();
+            self.0.try_read_arc()
+        }
+
+        /// As [`Self::write_owned`], if that needs no waiting.
+        pub fn try_write_owned(&self) -> Option<OwnedWriteGuard<T>> {
+            count();
+            self.0.try_write_arc()
+        }
+    }
+
     /// Condition variable; `parking_lot::Condvar`.
     #[derive(Debug, Default)]
     pub struct Condvar(parking_lot::Condvar);

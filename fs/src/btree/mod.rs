@@ -1,49 +1,249 @@
-//! PLACEHOLDER SIGNATURES so that main compiles until the owner lands: on a rebase conflict the owner takes their own file whole.
-use crate::{
-    error::Result,
-    format::{BtreeId, Position, Value},
-    units::*,
-};
-pub struct Forest;
+//! B-trees of large, log-structured nodes, made durable by atomic checkpoints.
+//!
+//! **Guarantees.** [`Forest::get`] and [`Forest::scan`] see each leaf at one instant. A commit ([`Forest::lock_leaves`]) sees and changes
+//! all its leaves at one instant. After a checkpoint, the trees as of its boundary F can be read from what its record names; with the
+//! journal from F on replayed, nothing that was durable is lost. The previous checkpoint stays valid for the same.
+//!
+//! **How.** A node in memory is layers of changes above what its image holds ([`node`]). Only a checkpoint writes nodes: it appends
+//! what changed as a bset to the node's slot, or writes the node whole elsewhere ([`checkpoint`]). Interior nodes hold pointers to
+//! images, so a child that was written changes its parent, up to the roots, which stand in the checkpoint's record: the one point
+//! of publication.
+//!
+//! **Lock order.** `structure` -> a root slot -> a node's content, parent before child, leaves in (tree, position) order -> the list of dirty
+//! nodes, a shard of the cache, the loading set, the node space. The last four are leaves: nothing is locked under them. No lock
+//! is held over I/O or while waiting.
+
+mod cache;
+mod descent;
+mod image;
+mod locking;
+mod node;
+mod reader;
+mod run;
+mod structure;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::device::BlockDevice;
+use crate::env::{Env, Event};
+use crate::error::{Error, Result};
+use crate::format::checkpoint::Checkpoint;
+use crate::format::node::NodePointer;
+use crate::format::superblock::Superblock;
+use crate::format::{BtreeId, Position, Value};
+use crate::metrics::Metrics;
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use crate::sync::{Arc, Mutex, RwLock};
+#[cfg(test)]
+use crate::units::JournalSequence;
+use crate::units::NodeId;
+
+pub use locking::LockedLeaves;
+pub use reader::NodeReader;
+
+use cache::NodeCache;
+use image::{Expected, LEVEL_MAX};
+use node::{Content, Limits, Node};
+
+/// What a forest needs to know.
+#[derive(Clone, Debug)]
+pub struct ForestConfig {
+    /// Geometry, members, checkpoint area.
+    pub superblock: Arc<Superblock>,
+    /// Devices in the order of the superblock's members.
+    pub devices: Vec<Arc<dyn BlockDevice>>,
+    /// Budget in bytes for nodes in memory. May be changed while the filesystem runs.
+    pub cache_bytes: Arc<AtomicU64>,
+    /// Most bytes of slots that dirty nodes may take (each dirty node counts as a whole one): commits beyond wait for a checkpoint.
+    pub dirty_bytes_max: u64,
+    /// This life's mount epoch, above every one before: node ids are made from it.
+    pub epoch: u64,
+}
+
+/// Which checkpoint a forest is opened from.
+#[derive(Clone, Debug)]
+pub struct Opening {
+    /// The one to read. Number 0 for a filesystem that has none yet.
+    pub newest: Checkpoint,
+    /// The one before it, whose nodes are kept too.
+    pub previous: Option<Checkpoint>,
+    /// Number of the next checkpoint.
+    pub next_number: u64,
+}
+
+impl Opening {
+    /// Of a filesystem that was never written: all trees are empty.
+    #[must_use]
+    pub fn empty() -> Self {
+        let newest = Checkpoint {
+            number: 0,
+            epoch: 0,
+            first_replay: 1,
+            first_replay_offset: 0,
+            previous_record_checksum: 0,
+            newest_sequence: 0,
+            roots: Vec::new(),
+            totals: Vec::new(),
+            next_node: 1,
+            clean: true,
+            map: Vec::new(),
+            written_at: 0,
+        };
+        Self { newest, previous: None, next_number: 1 }
+    }
+}
+
+/// A position that a commit needs locked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LeafTarget {
+    /// Tree.
     pub btree: BtreeId,
+    /// Position.
     pub position: Position,
+    /// Whether the leaf is to be locked exclusively.
     pub write: bool,
 }
-pub struct LockedLeaves<'a>(&'a Forest);
+
+/// Keys of one leaf, and how far they were looked for.
+#[derive(Clone, Debug)]
 pub struct Scan {
+    /// In the order of the scan.
     pub keys: Vec<(Position, Value)>,
+    /// Everything between the start and this position, inclusive, was seen.
     pub covered_to: Position,
 }
-impl Forest {
-    pub fn get(&self, _: BtreeId, _: Position) -> Result<Option<Value>> {
-        Ok(None)
-    }
-    pub fn scan(&self, _: BtreeId, _: Position, t: Position, _: usize) -> Result<Scan> {
-        Ok(Scan { keys: vec![], covered_to: t })
-    }
-    pub fn scan_back(&self, _: BtreeId, _: Position, t: Position, _: usize) -> Result<Scan> {
-        Ok(Scan { keys: vec![], covered_to: t })
-    }
-    pub fn lock_leaves(&self, _: &mut Vec<LeafTarget>) -> Result<LockedLeaves<'_>> {
-        Ok(LockedLeaves(self))
-    }
-    pub fn make_room(&self, _: BtreeId, _: Position, _: usize) -> Result<()> {
-        Ok(())
-    }
-    pub fn wait_for_dirty_room(&self) -> Result<()> {
-        Ok(())
-    }
+
+/// Nodes that hold changes which no image has.
+#[derive(Debug, Default)]
+struct DirtyNodes {
+    /// By level, tree and id: an order that does not depend on hashing.
+    nodes: BTreeMap<(u8, BtreeId, NodeId), Arc<Node>>,
 }
-impl LockedLeaves<'_> {
-    pub fn get(&self, _: BtreeId, _: Position) -> Option<Value> {
-        None
+
+/// All trees of a filesystem. See the module's documentation.
+#[derive(Debug)]
+pub struct Forest {
+    reader: NodeReader,
+    env: Arc<Env>,
+    metrics: Arc<Metrics>,
+    limits: Limits,
+    cache: NodeCache,
+    cache_bytes: Arc<AtomicU64>,
+    dirty_bytes_max: u64,
+    /// By tree. The slot's lock is taken before the root's content.
+    roots: Vec<RwLock<Arc<Node>>>,
+    dirty: Mutex<DirtyNodes>,
+    dirty_count: AtomicU64,
+    /// Nodes that are being read.
+    loading: Mutex<BTreeSet<NodeId>>,
+    loaded: Event,
+    /// Shared by splits and merges; exclusively by a checkpoint that wants none for a moment.
+    structure: RwLock<()>,
+    next_node: AtomicU64,
+    checkpoint_running: AtomicBool,
+    /// The first failure after which nothing may be published any more.
+    failure: Mutex<Option<String>>,
+}
+
+/// Bits of a node id below the epoch.
+const NODE_COUNTER_BITS: u32 = 40;
+
+impl Forest {
+    /// Opens the trees of a checkpoint. Reads the roots.
+    ///
+    /// # Errors
+    /// If a root cannot be read.
+    pub fn open(config: ForestConfig, opening: &Opening, env: Arc<Env>, metrics: Arc<Metrics>) -> Result<Arc<Self>> {
+        let limits = Limits::new(&config.superblock.geometry);
+        let reader = NodeReader::new(config.superblock, config.devices, Arc::clone(&metrics));
+        let mut forest = Self {
+            reader,
+            env,
+            metrics,
+            limits,
+            cache: NodeCache::default(),
+            cache_bytes: config.cache_bytes,
+            dirty_bytes_max: config.dirty_bytes_max,
+            roots: Vec::new(),
+            dirty: Mutex::default(),
+            dirty_count: AtomicU64::new(0),
+            loading: Mutex::default(),
+            loaded: Event::new(),
+            structure: RwLock::new(()),
+            next_node: AtomicU64::new(config.epoch << NODE_COUNTER_BITS | 1),
+            checkpoint_running: AtomicBool::new(false),
+            failure: Mutex::new(None),
+        };
+        for btree in BtreeId::ALL {
+            let root = forest.open_root(btree, &opening.newest)?;
+            forest.roots.push(RwLock::new(root));
+        }
+        Ok(Arc::new(forest))
     }
-    pub fn range(&self, _: BtreeId, _: Position, _: Position) -> Option<Vec<(Position, Value)>> {
-        None
+
+    fn open_root(&self, btree: BtreeId, checkpoint: &Checkpoint) -> Result<Arc<Node>> {
+        let Some(root) = checkpoint.roots.iter().find(|root| root.btree == btree as u8) else {
+            let content = Content::empty(0, self.limits, Position::MIN, None);
+            let bytes = content.memory_bytes();
+            return Ok(self.cache.insert(Node::new(self.new_node_id(), btree, content), bytes));
+        };
+        if root.level >= LEVEL_MAX {
+            return Err(Error::corrupt(format!("root of the {} tree", btree.name()), format!("level {}", root.level)));
+        }
+        let pointer = NodePointer::decode(&root.pointer)?;
+        let expected = Expected { btree, level: root.level, minimum: Position::MIN, limit: None };
+        let node = self.read_node(&pointer, &expected)?;
+        let (bytes, dirty) = {
+            let content = node.content.read();
+            (content.memory_bytes(), content.dirty)
+        };
+        if dirty {
+            self.list_dirty(&node);
+        }
+        Ok(self.cache.insert(node, bytes))
     }
-    pub fn room(&self, _: BtreeId, _: Position, _: usize) -> bool {
-        true
+
+    /// Lists a node that became dirty. The caller has its content locked, or is the only one who knows the node.
+    fn list_dirty(&self, node: &Arc<Node>) {
+        let added = self.dirty.lock().nodes.insert((node.level, node.btree, node.id), Arc::clone(node)).is_none();
+        if added {
+            self.dirty_count.fetch_add(1, Ordering::Relaxed);
+        }
     }
-    pub fn put(&mut self, _: BtreeId, _: Position, _: Option<Value>, _: JournalSequence) {}
+
+    /// Bytes of slots that the dirty nodes may take.
+    #[must_use]
+    pub fn dirty_bytes(&self) -> u64 {
+        self.dirty_count.load(Ordering::Relaxed) * self.limits.node_bytes as u64
+    }
+
+    /// Bytes of nodes in memory.
+    #[must_use]
+    pub fn cached_bytes(&self) -> u64 {
+        self.cache.bytes()
+    }
+
+    /// Packed bytes of keys that one transaction may always put into one leaf.
+    #[must_use]
+    pub fn leaf_bytes_max(&self) -> usize {
+        self.limits.capacity_bytes / 4
+    }
+
+    /// Waits, if too many nodes are dirty, until a checkpoint has cleaned some. Call it before a commit, with no locks held.
+    ///
+    /// # Errors
+    /// [`Error::Latched`] if checkpoints have failed.
+    pub fn wait_for_dirty_room(&self) -> Result<()> {
+        match &*self.failure.lock() {
+            Some(reason) => Err(Error::Latched { reason: reason.clone() }),
+            None => Ok(()),
+        }
+    }
+
+    /// Notes a failure after which no checkpoint may be published.
+    fn fail(&self, reason: &str) {
+        self.failure.lock().get_or_insert_with(|| reason.to_owned());
+    }
 }
