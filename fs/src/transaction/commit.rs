@@ -260,12 +260,6 @@ fn add_bucket(update: &BucketUpdate, updates: &mut Updates, accounting: &mut Sma
 
 /// The first place where a leaf has no room for what the transaction puts in its tree.
 fn lacking_room(updates: &Updates, leaves: &LockedLeaves<'_>) -> Option<(BtreeId, Position, usize)> {
-    let mut bytes_by_tree: BTreeMap<BtreeId, usize> = BTreeMap::new();
-    for ((btree, _), value) in updates {
-        *bytes_by_tree.entry(*btree).or_default() += packed_bytes(value.as_deref());
-    }
-    updates.keys().find_map(|&(btree, position)| {
-        let bytes = bytes_by_tree.get(&btree).copied().unwrap_or(0);
-        (!leaves.room(btree, position, bytes)).then_some((btree, position, bytes))
-    })
+    leaves
+        .full_leaf(updates.iter().map(|(&(btree, position), value)| (btree, position, packed_bytes(value.as_deref()))))
 }
