@@ -1,8 +1,8 @@
 //! fuser's trait on top of [`Operations`]: decode, call, reply. No decisions of the filesystem's are made here.
 //!
 //! Invariants:
-//! 1. Every request is answered exactly once. A panic in one is caught, counted and logged, that request gets `EIO` (fuser's
-//!    reply sends it when it is dropped), the filesystem is told to latch read-only, and the session goes on.
+//! 1. Every request is answered exactly once. A panic in one is caught, counted and logged, the filesystem is told to latch
+//!    read-only, then that request gets `EIO`, and the session goes on.
 //! 2. `ENOSYS` never leaves: the kernel would latch it. Every method of fuser's trait is overridden for the same reason.
 //! 3. Nothing of the filesystem is locked while a reply is written.
 
@@ -28,12 +28,9 @@ use crate::error::{Error, Result};
 use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Arc, Mutex};
 use crate::vfs::{
-    COPY_BYTES_MAX, Caller, CopyRequest, Emitted, Entry, IoctlRequest, Lookup, ReadRequest, Seek, SetAttributes,
-    WriteRequest,
+    Attributes, COPY_BYTES_MAX, Caller, CopyRequest, Emitted, Entry, IoctlRequest, Lookup, ReadRequest, Seek,
+    SetAttributes, WriteRequest,
 };
-
-/// Largest value that fits behind fuser's reply in one piece; above it `listxattr` and `getxattr` cannot ask anyway.
-const ERANGE: Errno = Errno::ERANGE;
 
 thread_local! {
     /// Where a reply of several runs is gathered; at most one request's size, kept for the next.
@@ -85,15 +82,19 @@ impl<O: Operations> Adapter<O> {
         Self { operations, data_cache, negotiated, phantoms: Phantoms::default() }
     }
 
-    /// Runs one request; see invariant 1.
-    fn guarded(&self, operation: &'static str, body: impl FnOnce(&O)) {
-        let Err(payload) = catch_unwind(AssertUnwindSafe(|| body(&self.operations))) else { return };
+    /// Runs one request; see invariant 1. The filesystem is latched before the answer is sent.
+    fn run<T>(&self, operation: &'static str, body: impl FnOnce(&O) -> Result<T>) -> Result<T, Errno> {
+        let payload = match catch_unwind(AssertUnwindSafe(|| body(&self.operations))) {
+            Ok(result) => return result.map_err(|error| errno(operation, &error)),
+            Err(payload) => payload,
+        };
         let message = panic_message(payload.as_ref());
         self.operations.metrics().vfs_panics.increment();
         tracing::error!(operation, message, "a request panicked: it fails with EIO, the filesystem becomes read-only");
         if catch_unwind(AssertUnwindSafe(|| self.operations.request_panicked(operation, message))).is_err() {
             tracing::error!("latching read-only panicked, too");
         }
+        Err(Errno::EIO)
     }
 
     fn open_flags(&self, flags: i32) -> FopenFlags {
@@ -131,7 +132,7 @@ fn caller(request: &Request, umask: u32) -> Caller {
     Caller { uid: request.uid(), gid: request.gid(), pid: request.pid(), umask }
 }
 
-fn reply_entry(operation: &'static str, reply: ReplyEntry, result: Result<Entry>) {
+fn reply_entry(reply: ReplyEntry, result: Result<Entry, Errno>) {
     match result {
         Ok(entry) => reply.entry_with_ttls(
             &attributes::lifetime(&entry.attributes),
@@ -139,26 +140,33 @@ fn reply_entry(operation: &'static str, reply: ReplyEntry, result: Result<Entry>
             &attributes::file_attributes(&entry.attributes),
             Generation(entry.generation),
         ),
-        Err(error) => reply.error(errno(operation, &error)),
+        Err(errno) => reply.error(errno),
     }
 }
 
-fn reply_empty(operation: &'static str, reply: ReplyEmpty, result: Result<()>) {
+fn reply_attributes(reply: ReplyAttr, result: Result<Attributes, Errno>) {
+    match result {
+        Ok(found) => reply.attr(&attributes::lifetime(&found), &attributes::file_attributes(&found)),
+        Err(errno) => reply.error(errno),
+    }
+}
+
+fn reply_empty(reply: ReplyEmpty, result: Result<(), Errno>) {
     match result {
         Ok(()) => reply.ok(),
-        Err(error) => reply.error(errno(operation, &error)),
+        Err(errno) => reply.error(errno),
     }
 }
 
 /// Answers getxattr and listxattr: the size if the caller only asks for that, else the value if it fits.
-fn reply_sized(operation: &'static str, reply: ReplyXattr, size: u32, result: Result<Vec<u8>>) {
+fn reply_sized(reply: ReplyXattr, size: u32, result: Result<Vec<u8>, Errno>) {
     match result {
         Ok(value) => match u32::try_from(value.len()) {
             Ok(length) if size == 0 => reply.size(length),
             Ok(length) if length <= size => reply.data(&value),
-            _ => reply.error(ERANGE),
+            _ => reply.error(Errno::ERANGE),
         },
-        Err(error) => reply.error(errno(operation, &error)),
+        Err(errno) => reply.error(errno),
     }
 }
 
@@ -192,29 +200,31 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
     fn destroy(&mut self) {}
 
     fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        self.guarded("lookup", |operations| match operations.lookup(&caller(request, 0), parent.0, name) {
-            Ok(Lookup::Found(entry)) => reply_entry("lookup", reply, Ok(entry)),
+        match self.run("lookup", |operations| operations.lookup(&caller(request, 0), parent.0, name)) {
+            Ok(Lookup::Found(entry)) => reply_entry(reply, Ok(entry)),
             Ok(Lookup::Absent) => {
                 reply.entry_with_ttls(&Duration::ZERO, &LIFETIME, &attributes::absent(), Generation(0));
             }
-            Err(error) => reply.error(errno("lookup", &error)),
-        });
+            Err(errno) => reply.error(errno),
+        }
     }
 
     fn forget(&self, _: &Request, node: INodeNo, lookups: u64) {
-        self.guarded("forget", |operations| match self.phantoms.take_off(node.0, lookups) {
-            0 => {}
-            counted => operations.forget(node.0, counted),
-        });
+        let counted = self.phantoms.take_off(node.0, lookups);
+        if counted > 0 {
+            let _ = self.run("forget", |operations| {
+                operations.forget(node.0, counted);
+                Ok(())
+            });
+        }
     }
 
     fn getattr(&self, request: &Request, node: INodeNo, handle: Option<FileHandle>, reply: ReplyAttr) {
-        self.guarded("getattr", |operations| {
-            match operations.get_attributes(&caller(request, 0), node.0, handle.map(|handle| handle.0)) {
-                Ok(found) => reply.attr(&attributes::lifetime(&found), &attributes::file_attributes(&found)),
-                Err(error) => reply.error(errno("getattr", &error)),
-            }
-        });
+        let handle = handle.map(|handle| handle.0);
+        reply_attributes(
+            reply,
+            self.run("getattr", |operations| operations.get_attributes(&caller(request, 0), node.0, handle)),
+        );
     }
 
     fn setattr(
@@ -235,29 +245,27 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
         _: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        self.guarded("setattr", |operations| {
-            let changes = SetAttributes {
-                mode,
-                uid,
-                gid,
-                size_bytes: size,
-                access_time: atime.map(attributes::set_time),
-                modification_time: mtime.map(attributes::set_time),
-                change_time: ctime.map(attributes::timestamp),
-                handle: handle.map(|handle| handle.0),
-            };
-            match operations.set_attributes(&caller(request, 0), node.0, &changes) {
-                Ok(found) => reply.attr(&attributes::lifetime(&found), &attributes::file_attributes(&found)),
-                Err(error) => reply.error(errno("setattr", &error)),
-            }
-        });
+        let changes = SetAttributes {
+            mode,
+            uid,
+            gid,
+            size_bytes: size,
+            access_time: atime.map(attributes::set_time),
+            modification_time: mtime.map(attributes::set_time),
+            change_time: ctime.map(attributes::timestamp),
+            handle: handle.map(|handle| handle.0),
+        };
+        reply_attributes(
+            reply,
+            self.run("setattr", |operations| operations.set_attributes(&caller(request, 0), node.0, &changes)),
+        );
     }
 
     fn readlink(&self, request: &Request, node: INodeNo, reply: ReplyData) {
-        self.guarded("readlink", |operations| match operations.readlink(&caller(request, 0), node.0) {
+        match self.run("readlink", |operations| operations.readlink(&caller(request, 0), node.0)) {
             Ok(target) => reply.data(&target),
-            Err(error) => reply.error(errno("readlink", &error)),
-        });
+            Err(errno) => reply.error(errno),
+        }
     }
 
     fn mknod(
@@ -270,34 +278,33 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
         device: u32,
         reply: ReplyEntry,
     ) {
-        self.guarded("mknod", |operations| {
-            reply_entry("mknod", reply, operations.mknod(&caller(request, umask), parent.0, name, mode, device));
-        });
+        reply_entry(
+            reply,
+            self.run("mknod", |operations| operations.mknod(&caller(request, umask), parent.0, name, mode, device)),
+        );
     }
 
     fn mkdir(&self, request: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, reply: ReplyEntry) {
-        self.guarded("mkdir", |operations| {
-            reply_entry("mkdir", reply, operations.mkdir(&caller(request, umask), parent.0, name, mode));
-        });
+        reply_entry(
+            reply,
+            self.run("mkdir", |operations| operations.mkdir(&caller(request, umask), parent.0, name, mode)),
+        );
     }
 
     fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        self.guarded("unlink", |operations| {
-            reply_empty("unlink", reply, operations.unlink(&caller(request, 0), parent.0, name));
-        });
+        reply_empty(reply, self.run("unlink", |operations| operations.unlink(&caller(request, 0), parent.0, name)));
     }
 
     fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        self.guarded("rmdir", |operations| {
-            reply_empty("rmdir", reply, operations.rmdir(&caller(request, 0), parent.0, name));
-        });
+        reply_empty(reply, self.run("rmdir", |operations| operations.rmdir(&caller(request, 0), parent.0, name)));
     }
 
     fn symlink(&self, request: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
-        self.guarded("symlink", |operations| {
-            let target = target.as_os_str().as_bytes();
-            reply_entry("symlink", reply, operations.symlink(&caller(request, 0), parent.0, name, target));
-        });
+        let target = target.as_os_str().as_bytes();
+        reply_entry(
+            reply,
+            self.run("symlink", |operations| operations.symlink(&caller(request, 0), parent.0, name, target)),
+        );
     }
 
     fn rename(
@@ -310,23 +317,23 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
         flags: RenameFlags,
         reply: ReplyEmpty,
     ) {
-        self.guarded("rename", |operations| {
-            let result = operations.rename(&caller(request, 0), parent.0, name, new_parent.0, new_name, flags.bits());
-            reply_empty("rename", reply, result);
-        });
+        reply_empty(
+            reply,
+            self.run("rename", |operations| {
+                operations.rename(&caller(request, 0), parent.0, name, new_parent.0, new_name, flags.bits())
+            }),
+        );
     }
 
     fn link(&self, request: &Request, node: INodeNo, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        self.guarded("link", |operations| {
-            reply_entry("link", reply, operations.link(&caller(request, 0), node.0, parent.0, name));
-        });
+        reply_entry(reply, self.run("link", |operations| operations.link(&caller(request, 0), node.0, parent.0, name)));
     }
 
     fn open(&self, request: &Request, node: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        self.guarded("open", |operations| match operations.open(&caller(request, 0), node.0, flags.0) {
+        match self.run("open", |operations| operations.open(&caller(request, 0), node.0, flags.0)) {
             Ok(opened) => reply.opened(FileHandle(opened.handle), self.open_flags(flags.0)),
-            Err(error) => reply.error(errno("open", &error)),
-        });
+            Err(errno) => reply.error(errno),
+        }
     }
 
     fn read(
@@ -340,19 +347,17 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        self.guarded("read", |operations| {
-            let read = ReadRequest {
-                node: node.0,
-                handle: handle.0,
-                offset,
-                length_bytes: size,
-                direct: flags.0 & libc::O_DIRECT != 0,
-            };
-            match operations.read(&caller(request, 0), &read) {
-                Ok(pages) => reply_pages(operations, reply, &pages),
-                Err(error) => reply.error(errno("read", &error)),
-            }
-        });
+        let read = ReadRequest {
+            node: node.0,
+            handle: handle.0,
+            offset,
+            length_bytes: size,
+            direct: flags.0 & libc::O_DIRECT != 0,
+        };
+        match self.run("read", |operations| operations.read(&caller(request, 0), &read)) {
+            Ok(pages) => reply_pages(&*self.operations, reply, &pages),
+            Err(errno) => reply.error(errno),
+        }
     }
 
     fn write(
@@ -367,32 +372,28 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
         _: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        self.guarded("write", |operations| {
-            // A delayed write's handle is a guess, and so are its flags.
-            let from_page_cache = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
-            let flag = |bits: i32| !from_page_cache && flags.0 & bits != 0;
-            let write = WriteRequest {
-                node: node.0,
-                handle: handle.0,
-                offset,
-                data,
-                direct: flag(libc::O_DIRECT),
-                append: flag(libc::O_APPEND),
-                synchronous: flag(libc::O_DSYNC),
-                from_page_cache,
-                clear_set_id: write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID),
-            };
-            match operations.write(&caller(request, 0), &write) {
-                Ok(written_bytes) => reply.written(written_bytes),
-                Err(error) => reply.error(errno("write", &error)),
-            }
-        });
+        // A delayed write's handle is a guess, and so are its flags.
+        let from_page_cache = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
+        let flag = |bits: i32| !from_page_cache && flags.0 & bits != 0;
+        let write = WriteRequest {
+            node: node.0,
+            handle: handle.0,
+            offset,
+            data,
+            direct: flag(libc::O_DIRECT),
+            append: flag(libc::O_APPEND),
+            synchronous: flag(libc::O_DSYNC),
+            from_page_cache,
+            clear_set_id: write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID),
+        };
+        match self.run("write", |operations| operations.write(&caller(request, 0), &write)) {
+            Ok(written_bytes) => reply.written(written_bytes),
+            Err(errno) => reply.error(errno),
+        }
     }
 
     fn flush(&self, request: &Request, node: INodeNo, handle: FileHandle, _: LockOwner, reply: ReplyEmpty) {
-        self.guarded("flush", |operations| {
-            reply_empty("flush", reply, operations.flush(&caller(request, 0), node.0, handle.0));
-        });
+        reply_empty(reply, self.run("flush", |operations| operations.flush(&caller(request, 0), node.0, handle.0)));
     }
 
     fn release(
@@ -405,38 +406,39 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
         _: bool,
         reply: ReplyEmpty,
     ) {
-        self.guarded("release", |operations| reply_empty("release", reply, operations.release(node.0, handle.0)));
+        reply_empty(reply, self.run("release", |operations| operations.release(node.0, handle.0)));
     }
 
     fn fsync(&self, request: &Request, node: INodeNo, handle: FileHandle, data_only: bool, reply: ReplyEmpty) {
-        self.guarded("fsync", |operations| {
-            reply_empty("fsync", reply, operations.fsync(&caller(request, 0), node.0, handle.0, data_only));
-        });
+        reply_empty(
+            reply,
+            self.run("fsync", |operations| operations.fsync(&caller(request, 0), node.0, handle.0, data_only)),
+        );
     }
 
     fn opendir(&self, request: &Request, node: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        self.guarded("opendir", |operations| match operations.opendir(&caller(request, 0), node.0, flags.0) {
+        match self.run("opendir", |operations| operations.opendir(&caller(request, 0), node.0, flags.0)) {
             Ok(opened) => reply.opened(FileHandle(opened.handle), FopenFlags::empty()),
-            Err(error) => reply.error(errno("opendir", &error)),
-        });
+            Err(errno) => reply.error(errno),
+        }
     }
 
     fn readdir(&self, request: &Request, node: INodeNo, handle: FileHandle, cookie: u64, mut reply: ReplyDirectory) {
-        self.guarded("readdir", |operations| {
-            let mut accepted = 0_u64;
-            let result = operations.readdir(&caller(request, 0), node.0, handle.0, cookie, &mut |entry| {
+        let mut accepted = 0_u64;
+        let result = self.run("readdir", |operations| {
+            operations.readdir(&caller(request, 0), node.0, handle.0, cookie, &mut |entry| {
                 let kind = attributes::file_type(entry.file_type);
                 if reply.add(INodeNo(entry.node), entry.next_cookie, kind, entry.name) {
                     return Emitted::Full;
                 }
                 accepted += 1;
                 Emitted::Accepted
-            });
-            match result {
-                Err(error) if accepted == 0 => reply.error(errno("readdir", &error)),
-                _ => reply.ok(),
-            }
+            })
         });
+        match result {
+            Err(errno) if accepted == 0 => reply.error(errno),
+            _ => reply.ok(),
+        }
     }
 
     fn readdirplus(
@@ -447,9 +449,9 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
         cookie: u64,
         mut reply: ReplyDirectoryPlus,
     ) {
-        self.guarded("readdirplus", |operations| {
-            let mut accepted = 0_u64;
-            let result = operations.readdirplus(&caller(request, 0), node.0, handle.0, cookie, &mut |name, entry| {
+        let mut accepted = 0_u64;
+        let result = self.run("readdirplus", |operations| {
+            operations.readdirplus(&caller(request, 0), node.0, handle.0, cookie, &mut |name, entry| {
                 let (lifetime, attr, generation) = match entry {
                     Some(entry) => (
                         attributes::lifetime(&entry.attributes),
@@ -467,28 +469,27 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
                 }
                 accepted += 1;
                 Emitted::Accepted
-            });
-            match result {
-                Err(error) if accepted == 0 => reply.error(errno("readdirplus", &error)),
-                _ => reply.ok(),
-            }
+            })
         });
+        match result {
+            Err(errno) if accepted == 0 => reply.error(errno),
+            _ => reply.ok(),
+        }
     }
 
     fn releasedir(&self, _: &Request, node: INodeNo, handle: FileHandle, _: OpenFlags, reply: ReplyEmpty) {
-        self.guarded("releasedir", |operations| {
-            reply_empty("releasedir", reply, operations.releasedir(node.0, handle.0));
-        });
+        reply_empty(reply, self.run("releasedir", |operations| operations.releasedir(node.0, handle.0)));
     }
 
     fn fsyncdir(&self, request: &Request, node: INodeNo, handle: FileHandle, data_only: bool, reply: ReplyEmpty) {
-        self.guarded("fsyncdir", |operations| {
-            reply_empty("fsyncdir", reply, operations.fsyncdir(&caller(request, 0), node.0, handle.0, data_only));
-        });
+        reply_empty(
+            reply,
+            self.run("fsyncdir", |operations| operations.fsyncdir(&caller(request, 0), node.0, handle.0, data_only)),
+        );
     }
 
     fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
-        self.guarded("statfs", |operations| match operations.statistics() {
+        match self.run("statfs", Operations::statistics) {
             Ok(found) => reply.statfs(
                 found.blocks,
                 found.blocks_free,
@@ -499,8 +500,8 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
                 found.name_bytes_max,
                 found.block_bytes,
             ),
-            Err(error) => reply.error(errno("statfs", &error)),
-        });
+            Err(errno) => reply.error(errno),
+        }
     }
 
     fn setxattr(
@@ -513,27 +514,33 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
         _: u32,
         reply: ReplyEmpty,
     ) {
-        self.guarded("setxattr", |operations| {
-            reply_empty("setxattr", reply, operations.set_xattr(&caller(request, 0), node.0, name, value, flags));
-        });
+        reply_empty(
+            reply,
+            self.run("setxattr", |operations| operations.set_xattr(&caller(request, 0), node.0, name, value, flags)),
+        );
     }
 
     fn getxattr(&self, request: &Request, node: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        self.guarded("getxattr", |operations| {
-            reply_sized("getxattr", reply, size, operations.get_xattr(&caller(request, 0), node.0, name));
-        });
+        reply_sized(
+            reply,
+            size,
+            self.run("getxattr", |operations| operations.get_xattr(&caller(request, 0), node.0, name)),
+        );
     }
 
     fn listxattr(&self, request: &Request, node: INodeNo, size: u32, reply: ReplyXattr) {
-        self.guarded("listxattr", |operations| {
-            reply_sized("listxattr", reply, size, operations.list_xattrs(&caller(request, 0), node.0));
-        });
+        reply_sized(
+            reply,
+            size,
+            self.run("listxattr", |operations| operations.list_xattrs(&caller(request, 0), node.0)),
+        );
     }
 
     fn removexattr(&self, request: &Request, node: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        self.guarded("removexattr", |operations| {
-            reply_empty("removexattr", reply, operations.remove_xattr(&caller(request, 0), node.0, name));
-        });
+        reply_empty(
+            reply,
+            self.run("removexattr", |operations| operations.remove_xattr(&caller(request, 0), node.0, name)),
+        );
     }
 
     /// Never asked with `default_permissions`.
@@ -551,18 +558,16 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
         flags: i32,
         reply: ReplyCreate,
     ) {
-        self.guarded("create", |operations| {
-            match operations.create(&caller(request, umask), parent.0, name, mode, flags) {
-                Ok((entry, opened)) => reply.created(
-                    &attributes::lifetime(&entry.attributes),
-                    &attributes::file_attributes(&entry.attributes),
-                    Generation(entry.generation),
-                    FileHandle(opened.handle),
-                    self.open_flags(flags),
-                ),
-                Err(error) => reply.error(errno("create", &error)),
-            }
-        });
+        match self.run("create", |operations| operations.create(&caller(request, umask), parent.0, name, mode, flags)) {
+            Ok((entry, opened)) => reply.created(
+                &attributes::lifetime(&entry.attributes),
+                &attributes::file_attributes(&entry.attributes),
+                Generation(entry.generation),
+                FileHandle(opened.handle),
+                self.open_flags(flags),
+            ),
+            Err(errno) => reply.error(errno),
+        }
     }
 
     /// Never asked: locks stay the kernel's.
@@ -614,23 +619,21 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
         output_bytes_max: u32,
         reply: ReplyIoctl,
     ) {
-        self.guarded("ioctl", |operations| {
-            let ioctl = IoctlRequest {
-                node: node.0,
-                handle: handle.0,
-                directory: flags.contains(IoctlFlags::FUSE_IOCTL_DIR),
-                command,
-                input,
-                output_bytes_max,
-            };
-            match operations.ioctl(&caller(request, 0), &ioctl) {
-                Ok(answer) if answer.output.len() as u64 <= u64::from(output_bytes_max) => {
-                    reply.ioctl(answer.result, &answer.output);
-                }
-                Ok(_) => reply.error(Errno::EOVERFLOW),
-                Err(error) => reply.error(errno("ioctl", &error)),
+        let ioctl = IoctlRequest {
+            node: node.0,
+            handle: handle.0,
+            directory: flags.contains(IoctlFlags::FUSE_IOCTL_DIR),
+            command,
+            input,
+            output_bytes_max,
+        };
+        match self.run("ioctl", |operations| operations.ioctl(&caller(request, 0), &ioctl)) {
+            Ok(answer) if answer.output.len() as u64 <= u64::from(output_bytes_max) => {
+                reply.ioctl(answer.result, &answer.output);
             }
-        });
+            Ok(_) => reply.error(Errno::EOVERFLOW),
+            Err(errno) => reply.error(errno),
+        }
     }
 
     /// Files are always ready.
@@ -658,28 +661,28 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        self.guarded("fallocate", |operations| {
-            let result = operations.fallocate(&caller(request, 0), node.0, handle.0, offset, length, mode);
-            reply_empty("fallocate", reply, result);
-        });
+        reply_empty(
+            reply,
+            self.run("fallocate", |operations| {
+                operations.fallocate(&caller(request, 0), node.0, handle.0, offset, length, mode)
+            }),
+        );
     }
 
     fn lseek(&self, request: &Request, node: INodeNo, handle: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
-        self.guarded("lseek", |operations| {
-            let what = match whence {
-                libc::SEEK_DATA => Seek::Data,
-                libc::SEEK_HOLE => Seek::Hole,
-                _ => return reply.error(Errno::EINVAL),
-            };
-            let Ok(offset) = u64::try_from(offset) else { return reply.error(Errno::ENXIO) };
-            match operations.seek(&caller(request, 0), node.0, handle.0, offset, what) {
-                Ok(found) => match i64::try_from(found) {
-                    Ok(found) => reply.offset(found),
-                    Err(_) => reply.error(Errno::EOVERFLOW),
-                },
-                Err(error) => reply.error(errno("lseek", &error)),
-            }
-        });
+        let what = match whence {
+            libc::SEEK_DATA => Seek::Data,
+            libc::SEEK_HOLE => Seek::Hole,
+            _ => return reply.error(Errno::EINVAL),
+        };
+        let Ok(offset) = u64::try_from(offset) else { return reply.error(Errno::ENXIO) };
+        match self.run("lseek", |operations| operations.seek(&caller(request, 0), node.0, handle.0, offset, what)) {
+            Ok(found) => match i64::try_from(found) {
+                Ok(found) => reply.offset(found),
+                Err(_) => reply.error(Errno::EOVERFLOW),
+            },
+            Err(errno) => reply.error(errno),
+        }
     }
 
     fn copy_file_range(
@@ -695,20 +698,18 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
         _: CopyFileRangeFlags,
         reply: ReplyWrite,
     ) {
-        self.guarded("copy_file_range", |operations| {
-            let copy = CopyRequest {
-                source_node: source.0,
-                source_handle: source_handle.0,
-                source_offset,
-                target_node: target.0,
-                target_handle: target_handle.0,
-                target_offset,
-                length_bytes: length.min(COPY_BYTES_MAX),
-            };
-            match operations.copy_file_range(&caller(request, 0), &copy) {
-                Ok(copied_bytes) => reply.written(u32::try_from(copied_bytes).unwrap_or(u32::MAX)),
-                Err(error) => reply.error(errno("copy_file_range", &error)),
-            }
-        });
+        let copy = CopyRequest {
+            source_node: source.0,
+            source_handle: source_handle.0,
+            source_offset,
+            target_node: target.0,
+            target_handle: target_handle.0,
+            target_offset,
+            length_bytes: length.min(COPY_BYTES_MAX),
+        };
+        match self.run("copy_file_range", |operations| operations.copy_file_range(&caller(request, 0), &copy)) {
+            Ok(copied_bytes) => reply.written(u32::try_from(copied_bytes).unwrap_or(u32::MAX)),
+            Err(errno) => reply.error(errno),
+        }
     }
 }

@@ -797,7 +797,8 @@ impl Operations for MemoryFilesystem {
         let detail = u64::from(request.command) | u64::from(request.directory) << 32;
         drop(self.enter_with("ioctl", detail, request.input.len() as u64));
         match request.command {
-            GET_FLAGS => Ok(IoctlReply { result: 0, output: vec![0; 8] }),
+            // The kernel asks for 4 bytes, whatever the number of the command says.
+            GET_FLAGS => Ok(IoctlReply { result: 0, output: vec![0; 4] }),
             SHUTDOWN => Ok(IoctlReply::default()),
             _ => Err(Errno::NOTTY.into()),
         }

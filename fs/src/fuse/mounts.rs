@@ -168,7 +168,7 @@ fn fusermount_options(request: &MountRequest) -> OsString {
     options
 }
 
-fn mount_by_fusermount(request: &MountRequest) -> Result<OwnedFd> {
+pub(super) fn mount_by_fusermount(request: &MountRequest) -> Result<OwnedFd> {
     let (ours, theirs) = UnixStream::pair().map_err(|error| Error::io("cannot make a socket pair", error))?;
     // Its standard input is the socket: so the descriptor is inherited without further ado.
     let mut child = Command::new("fusermount3")
