@@ -83,3 +83,66 @@ impl CompressionKind {
 pub fn metadata_checksum(parts: &[&[u8]]) -> u32 {
     parts.iter().fold(0, |crc, part| crc32c::crc32c_append(crc, part))
 }
+
+impl std::str::FromStr for ChecksumKind {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "none" => Ok(Self::None),
+            "crc32c" => Ok(Self::Crc32c),
+            "xxh3" => Ok(Self::Xxh3),
+            other => Err(format!("unknown checksum '{other}': use crc32c, xxh3 or none")),
+        }
+    }
+}
+
+impl std::fmt::Display for ChecksumKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::None => "none",
+            Self::Crc32c => "crc32c",
+            Self::Xxh3 => "xxh3",
+        })
+    }
+}
+
+/// What new data is compressed with: as mkfs and mount take it on the command line.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Compression {
+    /// The algorithm.
+    pub kind: CompressionKind,
+    /// zstd: 1 to 19. Otherwise 0.
+    pub level: u8,
+}
+
+/// zstd's level when none is given: its own default.
+const ZSTD_LEVEL_DEFAULT: u8 = 3;
+
+impl std::str::FromStr for Compression {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (name, level) = text.split_once(':').map_or((text, None), |(name, level)| (name, Some(level)));
+        match (name, level) {
+            ("none", None) => Ok(Self::default()),
+            ("lz4", None) => Ok(Self { kind: CompressionKind::Lz4, level: 0 }),
+            ("zstd", None) => Ok(Self { kind: CompressionKind::Zstd, level: ZSTD_LEVEL_DEFAULT }),
+            ("zstd", Some(level)) => match level.parse() {
+                Ok(level @ 1..=19) => Ok(Self { kind: CompressionKind::Zstd, level }),
+                _ => Err(format!("unknown zstd level '{level}': use zstd:1 to zstd:19")),
+            },
+            _ => Err(format!("unknown compression '{text}': use none, lz4, zstd or zstd:1 to zstd:19")),
+        }
+    }
+}
+
+impl std::fmt::Display for Compression {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.kind {
+            CompressionKind::None => f.write_str("none"),
+            CompressionKind::Lz4 => f.write_str("lz4"),
+            CompressionKind::Zstd => write!(f, "zstd:{}", self.level),
+        }
+    }
+}

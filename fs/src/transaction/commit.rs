@@ -44,7 +44,9 @@ enum Attempt {
 }
 
 pub(super) fn commit(mut transaction: Transaction<'_>, options: CommitOptions) -> Result<JournalSequence> {
-    run_triggers(&mut transaction)?;
+    if !options.raw {
+        run_triggers(&mut transaction)?;
+    }
     let Transaction { transactions, updates, reads, accounting, buckets, hooks, .. } = transaction;
     let buckets: Vec<_> = buckets.into_iter().filter(|(_, change)| !change.is_nothing()).collect();
     let staged = Staged { transactions, updates, reads, accounting, buckets };

@@ -92,11 +92,13 @@ pub struct CommitOptions {
     pub watermark: JournalWatermark,
     /// Its keys name data whose writes have completed but may not be flushed.
     pub data_needs_flush: bool,
+    /// No triggers: for fsck, which corrects what triggers would keep.
+    pub raw: bool,
 }
 
 impl Default for CommitOptions {
     fn default() -> Self {
-        Self { watermark: JournalWatermark::Normal, data_needs_flush: false }
+        Self { watermark: JournalWatermark::Normal, data_needs_flush: false, raw: false }
     }
 }
 

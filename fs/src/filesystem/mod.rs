@@ -1,0 +1,3 @@
+//! Assembly: open, run, close.
+
+pub mod format;
