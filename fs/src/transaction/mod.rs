@@ -28,6 +28,8 @@
 
 mod bucket;
 mod commit;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
