@@ -22,9 +22,10 @@ use fuser::{
 };
 
 use super::attributes::{self, LIFETIME};
-use super::init::{self, DataCache, Negotiated};
+use super::init::{self, Negotiated};
 use super::operations::{Operations, PageBatch};
 use crate::error::{Error, Result};
+use crate::options::CacheMode;
 use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Arc, Mutex};
 use crate::vfs::{
@@ -40,7 +41,7 @@ thread_local! {
 /// See the module's documentation.
 pub(super) struct Adapter<O: Operations> {
     operations: Arc<O>,
-    data_cache: DataCache,
+    cache: CacheMode,
     negotiated: Arc<Mutex<Negotiated>>,
     phantoms: Phantoms,
 }
@@ -78,8 +79,8 @@ impl Phantoms {
 }
 
 impl<O: Operations> Adapter<O> {
-    pub(super) fn new(operations: Arc<O>, data_cache: DataCache, negotiated: Arc<Mutex<Negotiated>>) -> Self {
-        Self { operations, data_cache, negotiated, phantoms: Phantoms::default() }
+    pub(super) fn new(operations: Arc<O>, cache: CacheMode, negotiated: Arc<Mutex<Negotiated>>) -> Self {
+        Self { operations, cache, negotiated, phantoms: Phantoms::default() }
     }
 
     /// Runs one request; see invariant 1. The filesystem is latched before the answer is sent.
@@ -98,13 +99,13 @@ impl<O: Operations> Adapter<O> {
     }
 
     fn open_flags(&self, flags: i32) -> FopenFlags {
-        match self.data_cache {
-            DataCache::Kernel => FopenFlags::FOPEN_KEEP_CACHE,
+        match self.cache {
+            CacheMode::Kernel => FopenFlags::FOPEN_KEEP_CACHE,
             // Parallel only on O_DIRECT descriptors: a larger write would lose its atomicity elsewhere.
-            DataCache::Daemon if flags & libc::O_DIRECT != 0 => {
+            CacheMode::Daemon if flags & libc::O_DIRECT != 0 => {
                 FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES
             }
-            DataCache::Daemon => FopenFlags::FOPEN_DIRECT_IO,
+            CacheMode::Daemon => FopenFlags::FOPEN_DIRECT_IO,
         }
     }
 }

@@ -3,16 +3,6 @@
 
 use fuser::{InitFlags, KernelConfig};
 
-/// How the kernel's page cache is used for file data.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum DataCache {
-    /// It caches for reads and mappings; each write arrives before write(2) returns.
-    #[default]
-    Kernel,
-    /// It caches nothing but mappings: every read and write arrives.
-    Daemon,
-}
-
 /// Largest WRITE and READ: 256 pages, the kernel's default `max_pages_limit`.
 pub const REQUEST_BYTES_MAX: u32 = 1 << 20;
 

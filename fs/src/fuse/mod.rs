@@ -19,7 +19,7 @@ mod session;
 #[cfg(test)]
 mod tests;
 
-pub use init::{DataCache, Negotiated, REQUEST_BYTES_MAX};
+pub use init::{Negotiated, REQUEST_BYTES_MAX};
 pub use memory_filesystem::{MemoryFilesystem, Seen};
 pub use operations::{Operations, PageBatch};
 pub use session::{Session, SessionSettings};

@@ -3,24 +3,25 @@
 use fuser::{Config, SessionACL};
 
 use super::adapter::Adapter;
-use super::init::{DataCache, Negotiated};
+use super::init::Negotiated;
 use super::mounts::{self, MountRequest, Mounted};
 use super::operations::Operations;
 use crate::error::{Error, Result};
+use crate::options::CacheMode;
 use crate::sync::{Arc, Mutex};
 
 /// How a mount is served.
 #[derive(Clone, Copy, Debug)]
 pub struct SessionSettings {
     /// How the kernel's page cache is used for file data.
-    pub data_cache: DataCache,
+    pub cache: CacheMode,
     /// Threads that read requests and serve them, at least 1. Each may block in one request.
     pub threads: usize,
 }
 
 impl Default for SessionSettings {
     fn default() -> Self {
-        Self { data_cache: DataCache::Kernel, threads: 8 }
+        Self { cache: CacheMode::Kernel, threads: 8 }
     }
 }
 
@@ -45,7 +46,7 @@ impl<O: Operations> Session<O> {
     pub fn mount(operations: Arc<O>, request: &MountRequest, settings: SessionSettings) -> Result<Self> {
         let (connection, mounted) = mounts::mount(request)?;
         let negotiated = Arc::new(Mutex::new(Negotiated::default()));
-        let adapter = Adapter::new(operations, settings.data_cache, Arc::clone(&negotiated));
+        let adapter = Adapter::new(operations, settings.cache, Arc::clone(&negotiated));
         // With the kernel's permission checks switched on, this is about which user's requests fuser lets through at all.
         let acl = if request.allow_other { SessionACL::All } else { SessionACL::Owner };
         let mut config = Config::default();

@@ -16,8 +16,9 @@ use rustix::io::Errno;
 use rustix::mount::MountFlags;
 
 use super::mounts::{self, MountRequest, Mounted};
-use super::{DataCache, MemoryFilesystem, Negotiated, Session, SessionSettings};
+use super::{MemoryFilesystem, Negotiated, Session, SessionSettings};
 use crate::error::Result;
+use crate::options::CacheMode;
 use crate::sync::Arc;
 
 struct TestMount {
@@ -29,7 +30,7 @@ struct TestMount {
 }
 
 impl TestMount {
-    fn new(data_cache: DataCache) -> Option<Self> {
+    fn new(cache: CacheMode) -> Option<Self> {
         if !rustix::process::geteuid().is_root() || File::open("/dev/fuse").is_err() {
             eprintln!("skipped: needs root and /dev/fuse");
             return None;
@@ -42,7 +43,7 @@ impl TestMount {
             flags: MountFlags::NOSUID | MountFlags::NODEV,
             allow_other: true,
         };
-        let settings = SessionSettings { data_cache, threads: 4 };
+        let settings = SessionSettings { cache, threads: 4 };
         let session = Session::mount(Arc::clone(&filesystem), &request, settings).unwrap();
         let (mounted, negotiated) = (session.mounted().clone(), session.negotiated());
         let server = Some(std::thread::spawn(move || session.serve()));
@@ -55,7 +56,12 @@ impl TestMount {
 
     /// Unmounts and waits for the session's end.
     fn end(mut self) {
-        self.mounted.unmount(false).unwrap();
+        // Another test's child may hold our descriptors between fork and exec.
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while let Err(error) = self.mounted.unmount(false) {
+            assert!(error.errno() == Errno::BUSY && Instant::now() < deadline, "{error}");
+            std::thread::yield_now();
+        }
         self.server.take().unwrap().join().unwrap().unwrap();
     }
 }
@@ -78,7 +84,7 @@ fn seen_names(mount: &TestMount) -> BTreeSet<&'static str> {
 
 #[test]
 fn every_operation_arrives_and_is_answered() {
-    let Some(mount) = TestMount::new(DataCache::Kernel) else { return };
+    let Some(mount) = TestMount::new(CacheMode::Kernel) else { return };
     mount.filesystem.start_recording();
     let file = mount.path("file");
     let mut open = OpenOptions::new().read(true).write(true).create_new(true).mode(0o640).open(&file).unwrap();
@@ -167,7 +173,7 @@ fn every_operation_arrives_and_is_answered() {
     // The rest.
     assert_eq!(rustix::fs::statvfs(&file).unwrap().f_bavail, 1 << 18);
     assert_eq!(rustix::fs::ioctl_getflags(&open).unwrap(), rustix::fs::IFlags::empty());
-    drop(open);
+    drop((open, target));
     let mut wanted: BTreeSet<&str> = [
         "lookup",
         "getattr",
@@ -211,7 +217,7 @@ fn every_operation_arrives_and_is_answered() {
 
 #[test]
 fn the_mount_shows_what_was_asked() {
-    let Some(mount) = TestMount::new(DataCache::Kernel) else { return };
+    let Some(mount) = TestMount::new(CacheMode::Kernel) else { return };
     let entry = mounts::find(mount.mounted.directory()).unwrap().unwrap();
     assert_eq!(entry.file_system_type, "fuse.coppice");
     assert_eq!(entry.source, "/some/image, with a comma");
@@ -227,7 +233,7 @@ fn the_mount_shows_what_was_asked() {
         assert!(!mount.negotiated.has(capability));
     }
     mount.mounted.set_read_ahead_kib(1024).unwrap();
-    mount.mounted.unmount(false).unwrap();
+    mount.mounted.unmount(true).unwrap();
     assert!(!mount.mounted.is_visible());
     assert!(mount.mounted.unmount(false).is_err(), "it must not unmount what is beneath");
 }
@@ -235,7 +241,7 @@ fn the_mount_shows_what_was_asked() {
 #[test]
 fn a_large_directory_is_listed_exactly_once_also_while_it_shrinks() {
     const COUNT: usize = 8000;
-    let Some(mount) = TestMount::new(DataCache::Kernel) else { return };
+    let Some(mount) = TestMount::new(CacheMode::Kernel) else { return };
     let directory = mount.path("many");
     fs::create_dir(&directory).unwrap();
     let name = |index: usize| format!("{index:06}-{}", "x".repeat(index % 200));
@@ -268,7 +274,7 @@ fn a_large_directory_is_listed_exactly_once_also_while_it_shrinks() {
 
 #[test]
 fn an_entry_without_attributes_is_listed_and_its_lookup_is_not_counted() {
-    let Some(mount) = TestMount::new(DataCache::Kernel) else { return };
+    let Some(mount) = TestMount::new(CacheMode::Kernel) else { return };
     for name in ["a", "damaged", "z"] {
         File::create(mount.path(name)).unwrap();
     }
@@ -296,7 +302,7 @@ fn an_entry_without_attributes_is_listed_and_its_lookup_is_not_counted() {
 
 #[test]
 fn a_panic_fails_one_request_and_latches() {
-    let Some(mount) = TestMount::new(DataCache::Kernel) else { return };
+    let Some(mount) = TestMount::new(CacheMode::Kernel) else { return };
     fs::write(mount.path("file"), b"content").unwrap();
     for (count, operation) in (1..).zip(["lookup", "opendir", "statfs", "write"]) {
         mount.filesystem.panic_in(operation);
@@ -325,7 +331,7 @@ impl TestMount {
 
 #[test]
 fn requests_run_at_the_same_time() {
-    let Some(mount) = TestMount::new(DataCache::Kernel) else { return };
+    let Some(mount) = TestMount::new(CacheMode::Kernel) else { return };
     std::thread::scope(|scope| {
         for thread in 0..8_u8 {
             let mount = &mount;
@@ -346,7 +352,7 @@ fn requests_run_at_the_same_time() {
 #[test]
 fn without_the_kernels_cache_every_read_and_write_arrives() {
     use super::Operations;
-    let Some(mount) = TestMount::new(DataCache::Daemon) else { return };
+    let Some(mount) = TestMount::new(CacheMode::Daemon) else { return };
     let mut file = OpenOptions::new().read(true).write(true).create_new(true).open(mount.path("file")).unwrap();
     file.write_all(&[7; 100_000]).unwrap();
     mount.filesystem.start_recording();
@@ -370,7 +376,7 @@ fn without_the_kernels_cache_every_read_and_write_arrives() {
 
 #[test]
 fn fusermount_hands_the_connection_over() {
-    if TestMount::new(DataCache::Kernel).is_none() {
+    if TestMount::new(CacheMode::Kernel).is_none() {
         return;
     }
     let directory = tempfile::tempdir().unwrap();
@@ -399,7 +405,7 @@ fn fusermount_hands_the_connection_over() {
 /// overflow checks for that).
 #[test]
 fn the_earliest_time_is_survived() {
-    let Some(mount) = TestMount::new(DataCache::Kernel) else { return };
+    let Some(mount) = TestMount::new(CacheMode::Kernel) else { return };
     let path = CString::new(mount.path("file").to_str().unwrap()).unwrap();
     File::create(mount.path("file")).unwrap();
     let time = Timespec { tv_sec: i64::MIN, tv_nsec: 0 };
