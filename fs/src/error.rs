@@ -87,6 +87,16 @@ pub enum Error {
     /// The image cannot be used: not ours, too new, too small, truncated. Says what to do.
     #[error("{0}")]
     Unusable(String),
+    /// Somebody else holds the device. The caller may wait and try again.
+    #[error("{device} is in use by {user}")]
+    InUse {
+        /// The device's path.
+        device: String,
+        /// Who holds it, in words: "process 12 (mount-coppice)", "another process".
+        user: String,
+        /// The processes that hold its lock, where they are known.
+        processes: Vec<u32>,
+    },
     /// The caller's argument is wrong. Says which and why.
     #[error("{0}")]
     Invalid(String),
@@ -130,6 +140,7 @@ impl Error {
             Self::NoSpace(_) => Errno::NOSPC,
             Self::ReadOnly | Self::Latched { .. } => Errno::ROFS,
             Self::Invalid(_) | Self::Unusable(_) => Errno::INVAL,
+            Self::InUse { .. } => Errno::BUSY,
             Self::Shutdown => Errno::IO,
             Self::Restart => Errno::AGAIN,
             Self::Device { .. } | Self::Corrupt(_) | Self::Bug(_) => Errno::IO,

@@ -10,12 +10,19 @@
 
 mod check;
 mod checked;
+mod file;
 mod image;
+mod lock;
 mod memory;
+mod pool;
 mod sim;
+mod transfer;
+mod uring;
 
 pub use checked::CheckedDevice;
+pub use file::{Backend, Creation, DirectIo, FileDevice, FileOptions};
 pub use image::{CHUNK_BYTES, Image};
+pub use lock::{ImageIdentity, is_same_image, lock_holders};
 pub use memory::MemDevice;
 pub use sim::{
     Boundary, BoundaryHook, BoundaryKind, CrashPlan, DiscardMode, PlanOptions, Plans, SECTOR_BYTES, Sectors, SimDevice,

@@ -162,7 +162,7 @@ impl Sectors {
     /// Runs of kept sectors out of `count`.
     fn runs(self, count: u64) -> Vec<std::ops::Range<u64>> {
         if self == Self::All {
-            return Vec::from_iter([0..count]);
+            return std::iter::once(0..count).collect();
         }
         let mut runs: Vec<std::ops::Range<u64>> = Vec::new();
         for index in (0..count).filter(|&index| self.keeps(index, count)) {
