@@ -1,0 +1,280 @@
+//! The memory of folios: a power-of-two run of 4 KiB blocks, aligned to 4096 bytes, guarded by a [`ReferenceWord`].
+//!
+//! This is the only place where the cache touches raw memory. The interface is safe: [`ByteReference`] is a `&[u8]` for as long as
+//! it lives, [`FolioWriter`] a `&mut [u8]`, and the word makes sure that they never exist together. Both keep the memory alive, so a
+//! reference may outlive the folio, the inode and the cache.
+
+use std::alloc::Layout;
+use std::ops::{Deref, DerefMut, Range};
+use std::ptr::NonNull;
+
+use super::budget::{Budget, MemoryReservation};
+use super::word::ReferenceWord;
+use crate::error::{Error, Result};
+use crate::sync::Arc;
+
+/// Alignment of folio memory in bytes: what O_DIRECT wants, and a page.
+pub const FOLIO_ALIGNMENT: usize = 4096;
+/// The largest run in bytes.
+pub const FOLIO_BYTES_MAX: usize = 1 << 20;
+
+/// A run of memory. Made by [`FolioBytes::allocate`], read through [`FolioBytes::reference`], changed through [`FolioBytes::try_write`].
+#[derive(Debug)]
+pub struct FolioBytes {
+    memory: NonNull<u8>,
+    length: usize,
+    word: ReferenceWord,
+    budget: Arc<Budget>,
+}
+
+// SAFETY: the memory is owned by this value alone, and all access to it is arbitrated by the atomic word.
+#[expect(unsafe_code)]
+unsafe impl Send for FolioBytes {}
+// SAFETY: as above: shared access hands out `&[u8]` only under a byte reference, `&mut [u8]` only under the writer bit.
+#[expect(unsafe_code)]
+unsafe impl Sync for FolioBytes {}
+
+impl FolioBytes {
+    /// New memory of `length` bytes, zeroed, taken from `reservation`; the caller is its writer. `length` must be a power of two of
+    /// at least 4096 and at most [`FOLIO_BYTES_MAX`] bytes.
+    ///
+    /// # Errors
+    /// [`Error::Bug`] for another length, ENOMEM if the host has none.
+    pub fn allocate(reservation: &mut MemoryReservation, length: usize) -> Result<FolioWriter> {
+        if !length.is_power_of_two() || !(FOLIO_ALIGNMENT..=FOLIO_BYTES_MAX).contains(&length) {
+            return Err(Error::Bug(format!("a folio of {length} bytes")));
+        }
+        let share = reservation.split_off(length as u64);
+        let Some(memory) = allocate_zeroed(length) else { return Err(Error::Posix(rustix::io::Errno::NOMEM)) };
+        let bytes = Arc::new(Self { memory, length, word: ReferenceWord::new_writing(), budget: share.into_budget() });
+        Ok(FolioWriter { bytes, range: 0..length })
+    }
+
+    /// Length in bytes.
+    #[must_use]
+    pub fn length(&self) -> usize {
+        self.length
+    }
+
+    /// A reference to the bytes of `range` (clamped to the run). Waits for a writer that is inside.
+    #[must_use]
+    pub fn reference(self: &Arc<Self>, range: Range<usize>) -> ByteReference {
+        self.word.reference();
+        ByteReference { range: self.clamp(range), bytes: Arc::clone(self) }
+    }
+
+    /// The right to change the bytes of `range` (clamped to the run), unless anybody looks at the run or changes it.
+    #[must_use]
+    pub fn try_write(self: &Arc<Self>, range: Range<usize>) -> Option<FolioWriter> {
+        self.word.try_write().then(|| FolioWriter { range: self.clamp(range), bytes: Arc::clone(self) })
+    }
+
+    /// Whether anybody holds a byte reference now; a hint.
+    #[must_use]
+    pub fn is_referenced(&self) -> bool {
+        self.word.reference_count() > 0
+    }
+
+    fn clamp(&self, range: Range<usize>) -> Range<usize> {
+        let end = range.end.min(self.length);
+        range.start.min(end)..end
+    }
+
+    fn layout(length: usize) -> Option<Layout> {
+        Layout::from_size_align(length, FOLIO_ALIGNMENT).ok()
+    }
+}
+
+fn allocate_zeroed(length: usize) -> Option<NonNull<u8>> {
+    let layout = FolioBytes::layout(length).filter(|layout| layout.size() > 0)?;
+    // SAFETY: the layout has a non-zero size, checked on the line above.
+    #[expect(unsafe_code)]
+    NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) })
+}
+
+impl Drop for FolioBytes {
+    fn drop(&mut self) {
+        if let Some(layout) = Self::layout(self.length) {
+            // SAFETY: the memory came from the global allocator with this very layout, and nobody refers to it: every reference
+            // and every writer holds an `Arc` of this value, which is being dropped.
+            #[expect(unsafe_code)]
+            unsafe {
+                std::alloc::dealloc(self.memory.as_ptr(), layout);
+            }
+        }
+        self.budget.release(self.length as u64);
+    }
+}
+
+/// Bytes that cannot change while this lives: one count in the word.
+#[derive(Debug)]
+pub struct ByteReference {
+    bytes: Arc<FolioBytes>,
+    range: Range<usize>,
+}
+
+impl ByteReference {
+    /// A reference of its own to a part of the same bytes, `range` counted from this one's start (clamped). Never waits.
+    #[must_use]
+    pub fn slice(&self, range: Range<usize>) -> Self {
+        let length = self.range.len();
+        let end = range.end.min(length);
+        let start = range.start.min(end);
+        self.bytes.word.reference();
+        Self { bytes: Arc::clone(&self.bytes), range: self.range.start + start..self.range.start + end }
+    }
+
+    /// Whether both look at the same run of memory.
+    #[must_use]
+    pub fn shares_memory_with(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.bytes, &other.bytes)
+    }
+}
+
+impl Clone for ByteReference {
+    fn clone(&self) -> Self {
+        self.slice(0..self.range.len())
+    }
+}
+
+impl Deref for ByteReference {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        // SAFETY: `range` was clamped to the run when this was made, the run was zeroed when it was allocated and lives as long as our
+        // `Arc`, and the byte reference that we hold in the word keeps every writer out.
+        #[expect(unsafe_code)]
+        unsafe {
+            std::slice::from_raw_parts(self.bytes.memory.as_ptr().add(self.range.start), self.range.len())
+        }
+    }
+}
+
+impl Drop for ByteReference {
+    fn drop(&mut self) {
+        self.bytes.word.release();
+    }
+}
+
+/// The exclusive right to a run's bytes: the writer bit of its word.
+#[derive(Debug)]
+pub struct FolioWriter {
+    bytes: Arc<FolioBytes>,
+    range: Range<usize>,
+}
+
+impl FolioWriter {
+    /// The run that is being written.
+    #[must_use]
+    pub fn bytes(&self) -> &Arc<FolioBytes> {
+        &self.bytes
+    }
+}
+
+impl Deref for FolioWriter {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        // SAFETY: as in `ByteReference`, and nobody else can change the bytes: we hold the writer bit.
+        #[expect(unsafe_code)]
+        unsafe {
+            std::slice::from_raw_parts(self.bytes.memory.as_ptr().add(self.range.start), self.range.len())
+        }
+    }
+}
+
+impl DerefMut for FolioWriter {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: `range` lies in the run, which is initialised and alive; the writer bit that we hold excludes every byte reference and
+        // every other writer, and `&mut self` every other slice of ours.
+        #[expect(unsafe_code)]
+        unsafe {
+            std::slice::from_raw_parts_mut(self.bytes.memory.as_ptr().add(self.range.start), self.range.len())
+        }
+    }
+}
+
+impl Drop for FolioWriter {
+    fn drop(&mut self) {
+        self.bytes.word.end_write();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn writer(length: usize) -> (Arc<Budget>, FolioWriter) {
+        let budget = Budget::new(1 << 22);
+        let mut reservation = budget.try_reserve(length as u64).unwrap();
+        let writer = FolioBytes::allocate(&mut reservation, length).unwrap();
+        (budget, writer)
+    }
+
+    #[test]
+    fn memory_is_aligned_zeroed_and_counted() {
+        let (budget, mut writer) = writer(8192);
+        assert_eq!(writer.as_ptr() as usize % FOLIO_ALIGNMENT, 0);
+        assert!(writer.iter().all(|&byte| byte == 0));
+        writer[5] = 9;
+        let bytes = Arc::clone(writer.bytes());
+        drop(writer);
+        let reference = bytes.reference(4..6);
+        assert_eq!(&*reference, &[0, 9]);
+        drop(bytes);
+        assert_eq!(budget.used_bytes(), 8192, "a reference keeps the memory, and keeps it counted");
+        assert_eq!(&*reference.slice(1..9), &[9]);
+        drop(reference);
+        assert_eq!(budget.used_bytes(), 0);
+    }
+
+    #[test]
+    fn a_writer_gets_in_only_when_nobody_looks() {
+        let (_budget, writer) = writer(4096);
+        let bytes = Arc::clone(writer.bytes());
+        assert!(bytes.try_write(0..1).is_none(), "one writer at a time");
+        drop(writer);
+        let reference = bytes.reference(0..10);
+        assert!(bytes.is_referenced());
+        assert!(bytes.try_write(0..10).is_none());
+        drop(reference.clone());
+        assert!(bytes.try_write(0..10).is_none());
+        drop(reference);
+        let mut writer = bytes.try_write(10..20).unwrap();
+        writer.fill(3);
+        drop(writer);
+        assert_eq!(bytes.reference(9..11).to_vec(), vec![0, 3]);
+    }
+
+    #[test]
+    fn odd_sizes_are_refused() {
+        let budget = Budget::new(1 << 30);
+        let mut reservation = budget.try_reserve(1 << 22).unwrap();
+        for length in [0, 1, 2048, 4097, 12288, 2 << 20] {
+            assert!(FolioBytes::allocate(&mut reservation, length).is_err(), "{length}");
+        }
+    }
+
+    #[test]
+    fn threads_never_see_a_torn_page() {
+        let (_budget, writer) = writer(4096);
+        let bytes = Arc::clone(writer.bytes());
+        drop(writer);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for round in 0..2000_u32 {
+                    if let Some(mut writer) = bytes.try_write(0..4096) {
+                        writer.fill(u8::try_from(round % 251).unwrap());
+                    }
+                }
+            });
+            scope.spawn(|| {
+                for _ in 0..2000 {
+                    let reference = bytes.reference(0..4096);
+                    let first = reference[0];
+                    assert!(reference.iter().all(|&byte| byte == first));
+                }
+            });
+        });
+    }
+}

@@ -1,0 +1,461 @@
+//! One cache for each filesystem: its budget, its dirty limit, its list of dirty spaces.
+//!
+//! - **Budget**: every byte of folio memory is counted in [`Budget`] from before it is allocated until its last reference is gone.
+//!   Whoever needs memory evicts clean folios itself ([`super::reclaim`]); if nothing can be evicted, it waits for writeback or for
+//!   fills under way, holding no lock.
+//! - **Dirty limit**: a write gets a quota for its blocks before it takes any lock; while dirty and in-writeback blocks are at the limit it
+//!   waits for writeback. So at least the rest of the budget can always be evicted, and reads go on.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use super::add_lock::AddLock;
+use super::folio::Folio;
+use super::reclaim::Reclaim;
+use super::space::AddressSpace;
+use crate::env::{Env, Event};
+use crate::error::{Error, Result};
+use crate::memory::{Budget, FOLIO_BYTES_MAX, MemoryReservation};
+use crate::metrics::Metrics;
+use crate::sync::Mutex;
+
+/// Runs a piece of work elsewhere: readahead that nobody waits for.
+pub type Spawn = Arc<dyn Fn(Box<dyn FnOnce() + Send>) + Send + Sync>;
+
+/// Place in the list of dirty spaces: when it became dirty, and a number that makes it unique.
+pub(super) type DirtyKey = (Duration, u64);
+
+/// What a cache is made with.
+#[derive(Clone)]
+pub struct CacheOptions {
+    /// Bytes of folio memory.
+    pub budget_bytes: u64,
+    /// Bytes of a block: a power of two, 4096 to 1 MiB.
+    pub block_bytes: u32,
+    /// Most bytes that may be dirty or in writeback; a quarter of the budget if not given.
+    pub dirty_limit_bytes: Option<u64>,
+    /// The longest readahead window in bytes.
+    pub readahead_max_bytes: u64,
+    /// Runs readahead that nobody waits for. Without it such readahead runs in the reader's thread (simulation).
+    pub spawn: Option<Spawn>,
+    /// Test seam: the add lock excludes nobody. The race test must then fail.
+    pub fault_add_lock_excludes_nobody: bool,
+}
+
+impl CacheOptions {
+    /// Options for a budget of `budget_bytes`, with 4 KiB blocks.
+    #[must_use]
+    pub fn new(budget_bytes: u64) -> Self {
+        Self {
+            budget_bytes,
+            block_bytes: 4096,
+            dirty_limit_bytes: None,
+            readahead_max_bytes: 4 << 20,
+            spawn: None,
+            fault_add_lock_excludes_nobody: false,
+        }
+    }
+}
+
+impl std::fmt::Debug for CacheOptions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CacheOptions")
+            .field("budget_bytes", &self.budget_bytes)
+            .field("block_bytes", &self.block_bytes)
+            .finish_non_exhaustive()
+    }
+}
+
+/// See the module's documentation.
+pub struct Cache {
+    env: Arc<Env>,
+    metrics: Arc<Metrics>,
+    block_shift: u32,
+    folio_blocks_max: u32,
+    readahead_blocks_max: u64,
+    dirty_limit_blocks: u64,
+    spawn: Option<Spawn>,
+    add_lock_excludes: bool,
+    budget: Arc<Budget>,
+    reclaim: Reclaim,
+    serial: AtomicU64,
+    /// Blocks in the dirty sets of all spaces. Changed under a space's `tracking`.
+    dirty_blocks: AtomicU64,
+    /// Blocks in the writeback sets of all spaces. Changed under a space's `tracking`.
+    writeback_blocks: AtomicU64,
+    /// Blocks that writers under way may still make dirty.
+    promised_blocks: AtomicU64,
+    /// Fills under way: their memory can be evicted soon.
+    fills: AtomicU64,
+    throttled: AtomicU64,
+    /// Notified when fewer blocks are unwritten.
+    cleaned: Event,
+    /// Notified when the writeback worker should look.
+    writeback_wanted: Event,
+    /// Oldest first. Keeps a dirty space alive.
+    dirty_spaces: Mutex<BTreeMap<DirtyKey, Arc<AddressSpace>>>,
+    latched: Mutex<Option<Error>>,
+}
+
+impl std::fmt::Debug for Cache {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Cache")
+            .field("used_bytes", &self.used_bytes())
+            .field("dirty_bytes", &self.dirty_bytes())
+            .field("writeback_bytes", &self.writeback_bytes())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Cache {
+    /// An empty cache.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a block size that is no power of two of 4096 bytes to 1 MiB.
+    pub fn new(env: Arc<Env>, metrics: Arc<Metrics>, options: CacheOptions) -> Result<Arc<Self>> {
+        let block = u64::from(options.block_bytes);
+        if !block.is_power_of_two() || !(4096..=FOLIO_BYTES_MAX as u64).contains(&block) {
+            return Err(Error::Invalid(format!(
+                "a page cache block of {block} bytes; it must be a power of two, 4096 to 1 MiB"
+            )));
+        }
+        // Small caches get small folios, so that one folio is never a large part of the budget.
+        let sixteenth = (options.budget_bytes / 16).max(block);
+        let folio_bytes = (1_u64 << sixteenth.ilog2()).min(FOLIO_BYTES_MAX as u64);
+        let dirty_limit = options.dirty_limit_bytes.unwrap_or(options.budget_bytes / 4);
+        Ok(Arc::new(Self {
+            env,
+            metrics,
+            block_shift: block.trailing_zeros(),
+            folio_blocks_max: u32::try_from(folio_bytes / block).unwrap_or(1),
+            readahead_blocks_max: (options.readahead_max_bytes.min(options.budget_bytes / 8) / block).max(1),
+            dirty_limit_blocks: (dirty_limit / block).max(1),
+            spawn: options.spawn,
+            add_lock_excludes: !options.fault_add_lock_excludes_nobody,
+            budget: Budget::new(options.budget_bytes),
+            reclaim: Reclaim::new(options.budget_bytes),
+            serial: AtomicU64::new(0),
+            dirty_blocks: AtomicU64::new(0),
+            writeback_blocks: AtomicU64::new(0),
+            promised_blocks: AtomicU64::new(0),
+            fills: AtomicU64::new(0),
+            throttled: AtomicU64::new(0),
+            cleaned: Event::new(),
+            writeback_wanted: Event::new(),
+            dirty_spaces: Mutex::new(BTreeMap::new()),
+            latched: Mutex::new(None),
+        }))
+    }
+
+    /// The pages of an inode, none at first. `identity` is the owner's name for it; the owner makes one space for one inode.
+    #[must_use]
+    pub fn new_space(self: &Arc<Self>, identity: u64) -> Arc<AddressSpace> {
+        let (env, metrics) = (Arc::clone(&self.env), Arc::clone(&self.metrics));
+        let lock = if self.add_lock_excludes {
+            AddLock::new(env, metrics)
+        } else {
+            AddLock::new_without_exclusion(env, metrics)
+        };
+        AddressSpace::new(self, identity, self.serial.fetch_add(1, Ordering::Relaxed), lock)
+    }
+
+    /// Size of a block in bytes.
+    #[must_use]
+    pub fn block_bytes(&self) -> u64 {
+        1 << self.block_shift
+    }
+
+    pub(super) fn block_shift(&self) -> u32 {
+        self.block_shift
+    }
+
+    pub(super) fn folio_blocks_max(&self) -> u32 {
+        self.folio_blocks_max
+    }
+
+    pub(super) fn readahead_blocks_max(&self) -> u64 {
+        self.readahead_blocks_max
+    }
+
+    /// The most blocks that one step of a read or a write asks memory for.
+    pub(super) fn step_blocks_max(&self) -> u64 {
+        u64::from(self.folio_blocks_max).min((self.dirty_limit_blocks / 2).max(1))
+    }
+
+    pub(super) fn env(&self) -> &Env {
+        &self.env
+    }
+
+    pub(super) fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
+    /// Bytes of folio memory in use: cached, in flight, collected.
+    #[must_use]
+    pub fn used_bytes(&self) -> u64 {
+        self.budget.used_bytes()
+    }
+
+    /// The most bytes that were ever in use.
+    #[must_use]
+    pub fn peak_bytes(&self) -> u64 {
+        self.budget.peak_bytes()
+    }
+
+    /// Bytes that are dirty and in no writeback run.
+    #[must_use]
+    pub fn dirty_bytes(&self) -> u64 {
+        self.dirty_blocks.load(Ordering::SeqCst) << self.block_shift
+    }
+
+    /// Bytes in writeback runs.
+    #[must_use]
+    pub fn writeback_bytes(&self) -> u64 {
+        self.writeback_blocks.load(Ordering::SeqCst) << self.block_shift
+    }
+
+    fn unwritten_blocks(&self) -> u64 {
+        self.dirty_blocks.load(Ordering::SeqCst) + self.writeback_blocks.load(Ordering::SeqCst)
+    }
+
+    /// Changes the budget, and evicts down to it as far as clean folios allow. Returns the bytes in use then.
+    pub fn set_budget_bytes(&self, budget_bytes: u64) -> u64 {
+        self.budget.set_limit_bytes(budget_bytes);
+        while self.used_bytes() > budget_bytes && self.reclaim.evict_one(&self.metrics) {}
+        self.used_bytes()
+    }
+
+    /// Evicts every clean folio that nobody uses. Returns how many.
+    pub fn evict_all_clean(&self) -> u64 {
+        let mut count = 0;
+        while self.reclaim.evict_one(&self.metrics) {
+            count += 1;
+        }
+        count
+    }
+
+    /// Makes writers fail with `reason` instead of waiting for a writeback that will not come: the filesystem has latched read-only.
+    pub fn latch(&self, reason: Error) {
+        self.latched.lock().get_or_insert(reason);
+        self.cleaned.notify();
+        self.budget.freed().notify();
+    }
+
+    /// Lets go of the list of dirty spaces: the filesystem ends without writing them (crash tests, after a latch).
+    pub fn abandon_dirty(&self) {
+        let spaces = std::mem::take(&mut *self.dirty_spaces.lock());
+        drop(spaces);
+    }
+
+    // ---- memory -------------------------------------------------------------------------------------------------------
+
+    /// Memory for `bytes` if eviction of clean folios is all it takes.
+    pub(super) fn try_reserve_memory(&self, bytes: u64) -> Option<MemoryReservation> {
+        loop {
+            if let Some(reservation) = self.budget.try_reserve(bytes) {
+                return Some(reservation);
+            }
+            if !self.reclaim.evict_one(&self.metrics) {
+                return None;
+            }
+        }
+    }
+
+    /// Memory for `bytes`; waits for writeback and for fills under way if it must. Called with no lock held. When there is nothing to
+    /// wait for (replies under way pin everything) the budget is overdrawn.
+    pub(super) fn reserve_memory(&self, bytes: u64) -> Result<MemoryReservation> {
+        if let Some(reservation) = self.try_reserve_memory(bytes) {
+            return Ok(reservation);
+        }
+        let _mark = self.budget.announce_waiter();
+        self.env.wait(self.budget.freed(), || {
+            if let Some(reservation) = self.try_reserve_memory(bytes) {
+                return Some(reservation);
+            }
+            let hopeless = self.latched.lock().is_some();
+            if hopeless || (self.unwritten_blocks() == 0 && self.fills.load(Ordering::SeqCst) == 0) {
+                return Some(self.budget.overdraw(bytes));
+            }
+            self.writeback_wanted.notify();
+            None
+        })
+    }
+
+    /// Counts a fill as under way until the returned value is dropped.
+    pub(super) fn begin_fill(&self) -> FillMark<'_> {
+        self.fills.fetch_add(1, Ordering::SeqCst);
+        FillMark(self)
+    }
+
+    pub(super) fn enqueue(&self, folio: &Arc<Folio>) {
+        if self.reclaim.enqueue(folio) {
+            self.metrics.pagecache_refaults.increment();
+        }
+    }
+
+    pub(super) fn spawn(&self, work: Box<dyn FnOnce() + Send>) {
+        match &self.spawn {
+            Some(spawn) => spawn(work),
+            None => work(),
+        }
+    }
+
+    // ---- dirty limit --------------------------------------------------------------------------------------------------
+
+    /// The right to make `blocks` blocks dirty. Waits while the limit is reached; called with no lock of the cache held.
+    pub(super) fn reserve_dirty(&self, blocks: u64) -> Result<DirtyQuota<'_>> {
+        if let Some(quota) = self.try_reserve_dirty(blocks) {
+            return Ok(quota);
+        }
+        self.metrics.pagecache_writer_throttled.increment();
+        self.throttled.fetch_add(1, Ordering::SeqCst);
+        self.writeback_wanted.notify();
+        let outcome = self.env.wait(&self.cleaned, || {
+            if let Some(reason) = self.latched.lock().clone() {
+                return Some(Err(reason));
+            }
+            self.try_reserve_dirty(blocks).map(Ok)
+        });
+        self.throttled.fetch_sub(1, Ordering::SeqCst);
+        outcome?
+    }
+
+    /// The right to make `blocks` blocks dirty whatever the limit says: for the two edges of a punch, whose holder of block must not wait for
+    /// writers that wait for add.
+    pub(super) fn overdraw_dirty(&self, blocks: u64) -> DirtyQuota<'_> {
+        self.promised_blocks.fetch_add(blocks, Ordering::SeqCst);
+        DirtyQuota { cache: self, blocks }
+    }
+
+    fn try_reserve_dirty(&self, blocks: u64) -> Option<DirtyQuota<'_>> {
+        let after = self.promised_blocks.fetch_add(blocks, Ordering::SeqCst) + blocks;
+        if after + self.unwritten_blocks() <= self.dirty_limit_blocks
+            || (after == blocks && self.unwritten_blocks() == 0)
+        {
+            return Some(DirtyQuota { cache: self, blocks });
+        }
+        self.promised_blocks.fetch_sub(blocks, Ordering::SeqCst);
+        None
+    }
+
+    /// `newly` blocks of a space became dirty, paid from `quota`. Under the space's `tracking`.
+    pub(super) fn count_dirty(&self, newly: u64, quota: &mut DirtyQuota<'_>) {
+        let before = self.dirty_blocks.fetch_add(newly, Ordering::SeqCst);
+        let paid = quota.blocks.min(newly);
+        quota.blocks -= paid;
+        self.promised_blocks.fetch_sub(paid, Ordering::SeqCst);
+        let background = self.background_blocks();
+        if before < background && before + newly >= background {
+            self.writeback_wanted.notify();
+        }
+    }
+
+    /// Moves `blocks` from dirty to writeback. Under the space's `tracking`.
+    pub(super) fn count_collected(&self, blocks: u64) {
+        self.writeback_blocks.fetch_add(blocks, Ordering::SeqCst);
+        self.dirty_blocks.fetch_sub(blocks, Ordering::SeqCst);
+    }
+
+    /// `blocks` in writeback ended, `redirtied` of them dirty again. Under the space's `tracking`.
+    pub(super) fn count_written(&self, blocks: u64, redirtied: u64) {
+        self.dirty_blocks.fetch_add(redirtied, Ordering::SeqCst);
+        self.writeback_blocks.fetch_sub(blocks, Ordering::SeqCst);
+    }
+
+    /// `blocks` dirty blocks were dropped. Under the space's `tracking`.
+    pub(super) fn count_dropped(&self, blocks: u64) {
+        self.dirty_blocks.fetch_sub(blocks, Ordering::SeqCst);
+    }
+
+    /// Wakes who waits for fewer unwritten blocks or for memory. After the change, with no lock held.
+    pub(super) fn notify_cleaned(&self) {
+        self.cleaned.notify();
+        self.budget.freed().notify();
+    }
+
+    fn background_blocks(&self) -> u64 {
+        (self.dirty_limit_blocks / 2).max(1)
+    }
+
+    // ---- for the writeback worker -------------------------------------------------------------------------------------
+
+    /// What wakes the writeback worker: the background limit was passed, a writer is throttled, or memory is wanted.
+    #[must_use]
+    pub fn writeback_wanted(&self) -> &Event {
+        &self.writeback_wanted
+    }
+
+    /// Whether writeback should run now, whatever the age of the dirty data.
+    #[must_use]
+    pub fn needs_writeback(&self) -> bool {
+        let dirty = self.dirty_blocks.load(Ordering::SeqCst);
+        dirty >= self.background_blocks()
+            || (dirty > 0 && (self.throttled.load(Ordering::SeqCst) > 0 || self.budget.has_waiters()))
+    }
+
+    /// The spaces with dirty blocks, those first that have been dirty longest, at most `count`; with `older_than`, only those that became
+    /// dirty at least so long ago.
+    #[must_use]
+    pub fn dirty_spaces(&self, count: usize, older_than: Option<Duration>) -> Vec<Arc<AddressSpace>> {
+        let now = self.env.monotonic();
+        let spaces = self.dirty_spaces.lock();
+        spaces
+            .iter()
+            .take_while(|((since, _), _)| older_than.is_none_or(|age| now.saturating_sub(*since) >= age))
+            .take(count)
+            .map(|(_, space)| Arc::clone(space))
+            .collect()
+    }
+
+    /// How long the oldest dirty data has been dirty.
+    #[must_use]
+    pub fn oldest_dirty_age(&self) -> Option<Duration> {
+        let now = self.env.monotonic();
+        self.dirty_spaces.lock().keys().next().map(|(since, _)| now.saturating_sub(*since))
+    }
+
+    /// Puts a space that became dirty in the list. Under its `tracking`.
+    pub(super) fn list_dirty(&self, space: &Arc<AddressSpace>) -> DirtyKey {
+        let key = (self.env.monotonic(), space.serial());
+        self.dirty_spaces.lock().insert(key, Arc::clone(space));
+        key
+    }
+
+    /// Takes a space that is clean out of the list. Under its `tracking`; the caller holds an `Arc` of the space, so that it does not end here.
+    pub(super) fn unlist_dirty(&self, key: DirtyKey) {
+        self.dirty_spaces.lock().remove(&key);
+    }
+}
+
+/// See [`Cache::begin_fill`].
+#[derive(Debug)]
+pub(super) struct FillMark<'a>(&'a Cache);
+
+impl Drop for FillMark<'_> {
+    fn drop(&mut self) {
+        self.0.fills.fetch_sub(1, Ordering::SeqCst);
+        if self.0.budget.has_waiters() {
+            self.0.budget.freed().notify();
+        }
+    }
+}
+
+/// The right to make some blocks dirty; what is left of it goes back when it is dropped.
+#[derive(Debug)]
+pub(super) struct DirtyQuota<'a> {
+    cache: &'a Cache,
+    blocks: u64,
+}
+
+impl Drop for DirtyQuota<'_> {
+    fn drop(&mut self) {
+        if self.blocks > 0 {
+            self.cache.promised_blocks.fetch_sub(self.blocks, Ordering::SeqCst);
+            if self.cache.throttled.load(Ordering::SeqCst) > 0 {
+                self.cache.cleaned.notify();
+            }
+        }
+    }
+}

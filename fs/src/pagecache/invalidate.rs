@@ -1,0 +1,122 @@
+//! Taking pages out, under **block**: what truncate, punch, zero-range, collapse, insert and direct writes do before they change extents.
+//!
+//! For each folio of the range: lock it, wait until its writeback has *committed*, drop its dirty state, detach it. A folio that straddles an
+//! edge of the range is split: outside of the range nothing changes. Fills are excluded by the guard, so when this returns, nothing of the
+//! range is cached, nothing of it is being written, and nothing can come back before the guard is dropped.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::add_lock::BlockGuard;
+use super::space::AddressSpace;
+use super::write::{WriteContext, zero_within_block};
+use crate::error::{Error, Result};
+
+/// What an invalidation dropped.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[must_use]
+pub struct Dropped {
+    /// Dirty blocks whose bytes will not be written.
+    pub blocks: u64,
+    /// Units of the caller's reservation that they carried: to be given back.
+    pub units: u64,
+}
+
+/// Drops the pages of `range` (bytes, multiples of the block size; the end may be `u64::MAX`), dirty ones included.
+///
+/// # Errors
+/// [`Error::Bug`] for an unaligned range or a guard that does not cover it; what a simulated wait fails with.
+pub fn invalidate_range(space: &Arc<AddressSpace>, blocking: &BlockGuard<'_>, range: Range<u64>) -> Result<Dropped> {
+    let block = space.block_bytes();
+    if !range.start.is_multiple_of(block) || !(range.end.is_multiple_of(block) || range.end == u64::MAX) {
+        return Err(Error::Bug(format!("invalidation of the unaligned range {}..{}", range.start, range.end)));
+    }
+    if !blocking.covers(space.add_lock(), &range) {
+        return Err(Error::Bug("invalidation outside of the blocked range".into()));
+    }
+    let blocks = space.blocks_of(&range);
+    let mut dropped = Dropped::default();
+    // Without any folio locked first: it is the longest wait, and readers of these folios need not share it.
+    space.wait_for_writeback(&range)?;
+    let mut at = blocks.start;
+    while at < blocks.end {
+        let found = space.map().load().at_or_after(at).cloned();
+        let Some(folio) = found.filter(|folio| folio.index() < blocks.end) else { break };
+        let locked = folio.lock(space.cache().env(), space)?;
+        if folio.is_detached() {
+            continue;
+        }
+        let inside = folio.index().max(blocks.start)..folio.end().min(blocks.end);
+        let (count, units) = space.drop_dirty(&inside)?;
+        dropped.blocks += count;
+        dropped.units += units;
+        at = folio.end();
+        if inside == (folio.index()..folio.end()) {
+            space.detach(&locked);
+        } else {
+            space.replace(locked, inside, &[]);
+        }
+    }
+    if dropped.blocks > 0 {
+        space.cache().notify_cleaned();
+    }
+    space.bump_sequence();
+    Ok(dropped)
+}
+
+/// What a punch or a truncate did in the cache.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[must_use]
+pub struct Punched {
+    /// What was dropped.
+    pub dropped: Dropped,
+    /// Edge blocks that became dirty by being zeroed: each took `units_per_block` of the reservation.
+    pub newly_dirty_blocks: u64,
+    /// The bytes whose extents the caller now removes: whole blocks.
+    pub interior: Range<u64>,
+}
+
+/// Makes `offset..offset + length` read as zeros as far as the cache is concerned: zeroes the blocks that the range covers in part
+/// (dirty, at most two), drops those it covers wholly. The caller holds the inode's lock exclusively and has reserved for two blocks; it then
+/// removes the extents of `interior`, still under `blocking`.
+///
+/// # Errors
+/// That of reading an edge block; then nothing was dropped.
+pub fn punch(context: &WriteContext<'_>, blocking: &BlockGuard<'_>, offset: u64, length: u64) -> Result<Punched> {
+    let block = context.space.block_bytes();
+    let end = offset.saturating_add(length);
+    let first_whole = offset.div_ceil(block).saturating_mul(block);
+    let last_whole = if end == u64::MAX { end } else { end / block * block };
+    let mut punched = Punched::default();
+    let mut zero = |range: Range<u64>| -> Result<()> {
+        // Nothing is behind the end of the file but zeros.
+        if !range.is_empty() && range.start < context.end_of_file {
+            punched.newly_dirty_blocks += zero_within_block(context, blocking, range)?.newly_dirty_blocks;
+        }
+        Ok(())
+    };
+    if first_whole > last_whole {
+        // Inside one block.
+        zero(offset..end)?;
+        punched.interior = first_whole..first_whole;
+        return Ok(punched);
+    }
+    zero(offset..first_whole)?;
+    zero(last_whole..end)?;
+    if first_whole < last_whole {
+        punched.dropped = invalidate_range(context.space, blocking, first_whole..last_whole)?;
+    }
+    punched.interior = first_whole..last_whole;
+    Ok(punched)
+}
+
+/// Cuts the pages off at `size`: zeroes the rest of the block that `size` lies in (if there is anything but zeros), drops all behind it.
+/// The caller holds the inode's lock exclusively, gives the *old* size in `context.end_of_file`, and then commits the new size and removes the
+/// extents of `interior`, still under `blocking`, which covers `size..u64::MAX`. Growing a file calls it too, with the old size for
+/// `size`: so the rest of the old last block is zero before it becomes visible.
+///
+/// # Errors
+/// That of reading the last block; then nothing was dropped.
+pub fn truncate(context: &WriteContext<'_>, blocking: &BlockGuard<'_>, size: u64) -> Result<Punched> {
+    punch(context, blocking, size, u64::MAX - size)
+}

@@ -1,0 +1,300 @@
+//! The readahead window: a pure function of the accesses so far.
+//!
+//! It is asked on a **miss** and when a reader reaches a **marker** (the start of the last window: time to fetch the next one while this
+//! one is read); a hit elsewhere asks nothing. It knows up to [`STREAMS_MAX`] streams of one open file at once, so interleaved readers
+//! do not disturb each other. A stream is sequential (tolerant of reordering inside a window, since the kernel's READs arrive on several
+//! threads), backward, or strided. Windows double up to the limit; their ends are aligned, so that long streams get the largest folios.
+
+use std::ops::Range;
+
+use smallvec::SmallVec;
+
+use crate::sync::Mutex;
+
+/// Streams of one open file that are told apart.
+pub const STREAMS_MAX: usize = 8;
+
+/// What bounds a window, in blocks.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// The first window of a stream.
+    pub window_min: u64,
+    /// The longest window.
+    pub window_max: u64,
+    /// Windows at least this long end at multiples of it: the largest folio. A power of two.
+    pub alignment: u64,
+    /// First block after the end of the file: no window passes it.
+    pub end: u64,
+}
+
+/// What a reader met.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// These blocks (not empty) are wanted and the first of them is not in the cache.
+    Miss(Range<u64>),
+    /// The block carries a marker.
+    Marker(u64),
+}
+
+/// What to fetch.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Decision {
+    /// Ranges of blocks, besides what is wanted. They may overlap what is cached.
+    pub ranges: SmallVec<[Range<u64>; 4]>,
+    /// The block whose first reader is to come back for the next window.
+    pub marker: Option<u64>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// One access seen; `step` is the distance to the one before, if there was one like it.
+    Fresh {
+        step: i64,
+    },
+    Forward,
+    Backward,
+    /// Pieces of the same length at equal distances; `pieces` in the last batch.
+    Strided {
+        step: i64,
+        pieces: u64,
+    },
+}
+
+#[derive(Clone, Debug)]
+struct Stream {
+    kind: Kind,
+    /// What was planned last; for a fresh stream, what was wanted.
+    planned: Range<u64>,
+    window: u64,
+    last_use: u64,
+}
+
+/// The streams of one open file. See the module's documentation.
+#[derive(Clone, Debug, Default)]
+pub struct Streams {
+    streams: SmallVec<[Stream; 4]>,
+    clock: u64,
+}
+
+impl Streams {
+    /// Decides what to fetch at an access.
+    pub fn decide(&mut self, access: &Access, limits: &Limits) -> Decision {
+        self.clock += 1;
+        let mut decision = match access {
+            Access::Miss(wanted) => self.miss(wanted, limits),
+            Access::Marker(block) => self.marker(*block, limits),
+        };
+        for range in &mut decision.ranges {
+            range.end = range.end.min(limits.end);
+        }
+        decision.ranges.retain(|range| range.start < range.end);
+        decision
+    }
+
+    fn miss(&mut self, wanted: &Range<u64>, limits: &Limits) -> Decision {
+        let clock = self.clock;
+        // Those first that have a direction; among equals the one used last.
+        let mut order: SmallVec<[usize; STREAMS_MAX]> = (0..self.streams.len()).collect();
+        order.sort_by_key(|&number| {
+            let stream = &self.streams[number];
+            (matches!(stream.kind, Kind::Fresh { .. }), std::cmp::Reverse(stream.last_use))
+        });
+        for &number in &order {
+            if let Some(decision) = self.streams[number].try_miss(wanted, limits) {
+                self.streams[number].last_use = clock;
+                return decision;
+            }
+        }
+        // The start of a file is taken for the start of a sequential read.
+        let mut stream = Stream { kind: Kind::Fresh { step: 0 }, planned: wanted.clone(), window: 0, last_use: clock };
+        let mut decision = Decision::default();
+        if wanted.start == 0 {
+            decision = stream.start_forward(wanted, limits);
+        } else if let Some(&newest) = order.iter().max_by_key(|&&number| self.streams[number].last_use) {
+            // Perhaps the second piece of a strided read: remember the distance.
+            let before = &mut self.streams[newest];
+            if matches!(before.kind, Kind::Fresh { .. }) && length(&before.planned) == length(wanted) {
+                let step = distance(before.planned.start, wanted.start);
+                before.kind = Kind::Fresh { step };
+                before.planned = wanted.clone();
+                before.last_use = clock;
+                return decision;
+            }
+        }
+        if self.streams.len() < STREAMS_MAX {
+            self.streams.push(stream);
+        } else if let Some(oldest) = self.streams.iter_mut().min_by_key(|stream| stream.last_use) {
+            *oldest = stream;
+        }
+        decision
+    }
+
+    fn marker(&mut self, block: u64, limits: &Limits) -> Decision {
+        let clock = self.clock;
+        let Some(stream) = self.streams.iter_mut().find(|stream| match stream.kind {
+            Kind::Fresh { .. } => false,
+            Kind::Forward | Kind::Backward => stream.planned.contains(&block),
+            Kind::Strided { .. } => stream.planned.contains(&block),
+        }) else {
+            return Decision::default();
+        };
+        stream.last_use = clock;
+        match stream.kind {
+            Kind::Fresh { .. } => Decision::default(),
+            Kind::Forward => stream.next_forward(stream.planned.end, 0, limits, true),
+            Kind::Backward => stream.next_backward(stream.planned.start, limits),
+            Kind::Strided { step, pieces } => {
+                let length = stream.window;
+                let next = if step > 0 {
+                    stream.planned.end.checked_add_signed(step - length.cast_signed())
+                } else {
+                    stream.planned.start.checked_add_signed(step)
+                };
+                next.map_or_else(Decision::default, |next| stream.next_strided(next, length, step, pieces * 2, limits))
+            }
+        }
+    }
+}
+
+fn length(range: &Range<u64>) -> u64 {
+    range.end - range.start
+}
+
+fn distance(from: u64, to: u64) -> i64 {
+    to.cast_signed().wrapping_sub(from.cast_signed())
+}
+
+impl Stream {
+    fn try_miss(&mut self, wanted: &Range<u64>, limits: &Limits) -> Option<Decision> {
+        let count = length(wanted);
+        match self.kind {
+            Kind::Forward => {
+                let near = self.planned.start..=self.planned.end.saturating_add(self.window);
+                if !near.contains(&wanted.start) {
+                    return None;
+                }
+                if wanted.end <= self.planned.end {
+                    // Inside what was planned: it was left out, evicted, or a reader overtook. Fetch to the end of the plan.
+                    let end = self.planned.end.min(wanted.start + self.window.max(count));
+                    return Some(Decision { ranges: smallvec::smallvec![wanted.start..end], marker: None });
+                }
+                let start = self.planned.end.min(wanted.start);
+                Some(self.next_forward(start.max(self.planned.end.min(wanted.start)), wanted.end, limits, false))
+            }
+            Kind::Backward => {
+                let near =
+                    wanted.end <= self.planned.end && wanted.end.saturating_add(self.window) >= self.planned.start;
+                near.then(|| {
+                    if wanted.start >= self.planned.start {
+                        Decision { ranges: smallvec::smallvec![self.planned.start..wanted.end], marker: None }
+                    } else {
+                        self.next_backward(wanted.end.max(self.planned.start), limits)
+                    }
+                })
+            }
+            Kind::Strided { step, pieces } => {
+                let next = if step > 0 {
+                    self.planned.end.checked_add_signed(step)?.checked_sub(self.window)?
+                } else {
+                    self.planned.start.checked_add_signed(step)?
+                };
+                (wanted.start == next && count == self.window)
+                    .then(|| self.next_strided(next, count, step, pieces * 2, limits))
+            }
+            Kind::Fresh { step } => {
+                let slack = count * 8;
+                if wanted.start >= self.planned.end
+                    && wanted.start - self.planned.end <= slack
+                    && wanted.start < self.planned.end + count
+                {
+                    return Some(self.start_forward(wanted, limits));
+                }
+                if wanted.end <= self.planned.start && self.planned.start - wanted.end < count {
+                    self.kind = Kind::Backward;
+                    self.window = (count * 2).max(limits.window_min / 2);
+                    self.planned = wanted.clone();
+                    return Some(self.next_backward(wanted.end, limits));
+                }
+                if step != 0 && count == length(&self.planned) && distance(self.planned.start, wanted.start) == step {
+                    self.window = count;
+                    return Some(self.next_strided(wanted.start, count, step, 4, limits));
+                }
+                None
+            }
+        }
+    }
+
+    fn start_forward(&mut self, wanted: &Range<u64>, limits: &Limits) -> Decision {
+        self.kind = Kind::Forward;
+        self.window = (length(wanted) * 2).max(limits.window_min / 2);
+        self.next_forward(wanted.start, wanted.end, limits, false)
+    }
+
+    /// The next window, from `start`, twice as long as the last one, at least to `reach`. An asynchronous one is marked at its start,
+    /// one that somebody waits for right behind what he waits for.
+    fn next_forward(&mut self, start: u64, reach: u64, limits: &Limits, asynchronous: bool) -> Decision {
+        if start >= limits.end {
+            return Decision::default();
+        }
+        self.window = (self.window * 2).clamp(1, limits.window_max.max(1));
+        let unit = if self.window >= limits.alignment { limits.alignment } else { 1 << self.window.ilog2() };
+        let end = start.saturating_add(self.window).div_ceil(unit).saturating_mul(unit);
+        // Alignment may not push a window past its limit by more than it must.
+        let end = if end - start > limits.window_max && end - unit > start.max(reach) { end - unit } else { end };
+        let end = end.max(reach).min(limits.end.max(reach));
+        self.planned = start..end;
+        let marker = if asynchronous { start } else { reach };
+        Decision { ranges: smallvec::smallvec![start..end], marker: (marker < end.min(limits.end)).then_some(marker) }
+    }
+
+    /// The window that ends at `end`, twice as long as the last one; marked at its end, where a backward reader enters it.
+    fn next_backward(&mut self, end: u64, limits: &Limits) -> Decision {
+        if end == 0 {
+            return Decision::default();
+        }
+        self.window = (self.window * 2).clamp(1, limits.window_max.max(1));
+        let unit = if self.window >= limits.alignment { limits.alignment } else { 1 << self.window.ilog2() };
+        let start = end.saturating_sub(self.window) / unit * unit;
+        let start = if end - start > limits.window_max && start + unit < end { start + unit } else { start };
+        self.planned = start..end;
+        Decision { ranges: smallvec::smallvec![start..end], marker: (start > 0).then_some(start) }
+    }
+
+    fn next_strided(&mut self, first: u64, count: u64, step: i64, pieces: u64, limits: &Limits) -> Decision {
+        let pieces = pieces.clamp(1, (limits.window_max / count.max(1)).clamp(1, 32));
+        let mut ranges: SmallVec<[Range<u64>; 4]> = SmallVec::new();
+        let mut at = Some(first);
+        for _ in 0..pieces {
+            let Some(start) = at.filter(|&start| start < limits.end) else { break };
+            ranges.push(start..start.saturating_add(count));
+            at = start.checked_add_signed(step);
+        }
+        let (Some(one), Some(other)) = (ranges.first(), ranges.last()) else { return Decision::default() };
+        self.kind = Kind::Strided { step, pieces };
+        self.window = count;
+        self.planned = one.start.min(other.start)..one.end.max(other.end);
+        // Marked in the middle of the batch, so that the next one is under way before this one is used up.
+        let marker = ranges.get(ranges.len() / 2).map(|range| range.start);
+        Decision { ranges, marker }
+    }
+}
+
+/// The readahead state of one open file. Its lock is taken on misses and markers only.
+#[derive(Debug, Default)]
+pub struct Readahead(Mutex<Streams>);
+
+impl Readahead {
+    /// The state of a file that was just opened.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    pub(super) fn decide(&self, access: &Access, limits: &Limits) -> Decision {
+        self.0.lock().decide(access, limits)
+    }
+}
+
+#[cfg(test)]
+#[path = "readahead_tests.rs"]
+mod tests;
