@@ -1,1 +1,192 @@
-//! snapshot.
+//! Snapshots: which of the keys at one place is the one that a subvolume sees.
+//!
+//! A key of a tree with [`BtreeId::has_snapshots`] belongs to the snapshot in its position, and is seen from there and from every
+//! descendant, unless a key of a nearer one stands at the same place. Ids descend: a child's is below its parent's. So of the keys at
+//! one `(inode, offset)`, ascending by snapshot from the reader's own on, the first that belongs to an ancestor is the nearest one.
+//!
+//! The tree of snapshots is small and in memory. It has one node, [`SnapshotId::ROOT`], until snapshots can be made; every
+//! look-up goes through here all the same. Extents are keyed by their end, so once there are several snapshots, readers of extents must
+//! also clip ranges that overlap in different snapshots: that comes with them.
+//!
+//! Takes no locks: the table does not change after it was loaded.
+
+use std::collections::BTreeMap;
+
+use crate::error::{Error, Result};
+use crate::format::namespace::Snapshot;
+use crate::format::{BtreeId, Position, Value};
+use crate::sync::Arc;
+use crate::transaction::{Transaction, Transactions};
+use crate::units::{InodeNumber, SnapshotId};
+
+/// The snapshot tree of a filesystem.
+#[derive(Debug)]
+pub struct Snapshots {
+    /// Parent of each snapshot; the root has none.
+    parents: BTreeMap<SnapshotId, Option<SnapshotId>>,
+}
+
+impl Snapshots {
+    /// Loads the tree.
+    ///
+    /// # Errors
+    /// The device's; [`Error::Corrupt`] if a parent is missing or not above its child.
+    pub fn load(transactions: &Transactions) -> Result<Arc<Self>> {
+        let mut parents = BTreeMap::new();
+        let keys = transactions.read().range(BtreeId::Snapshots, Position::MIN, Position::MAX, usize::MAX)?;
+        for (position, value) in keys {
+            let id = u32::try_from(position.offset)
+                .map_err(|_| Error::corrupt("snapshots tree", format!("a snapshot at {position}")))?;
+            let parent = Snapshot::decode(&value)?.parent;
+            parents.insert(SnapshotId(id), (parent != 0).then_some(SnapshotId(parent)));
+        }
+        Self::new(parents)
+    }
+
+    fn new(parents: BTreeMap<SnapshotId, Option<SnapshotId>>) -> Result<Arc<Self>> {
+        for (id, parent) in &parents {
+            if let Some(parent) = parent
+                && (parent <= id || !parents.contains_key(parent))
+            {
+                return Err(Error::corrupt(format!("snapshot {id}"), format!("its parent is {parent}")));
+            }
+        }
+        if !parents.contains_key(&SnapshotId::ROOT) {
+            return Err(Error::corrupt("snapshots tree", "it has no root"));
+        }
+        Ok(Arc::new(Self { parents }))
+    }
+
+    /// Whether what belongs to `ancestor` is seen from `descendant`. A snapshot is its own ancestor.
+    #[must_use]
+    pub fn is_ancestor(&self, ancestor: SnapshotId, descendant: SnapshotId) -> bool {
+        let mut id = descendant;
+        while id < ancestor {
+            // Parents are above their children, so this ends.
+            match self.parents.get(&id).copied().flatten() {
+                Some(parent) => id = parent,
+                None => return false,
+            }
+        }
+        id == ancestor && self.parents.contains_key(&id)
+    }
+
+    /// The key at exactly `(inode, offset)` that is seen from `snapshot`.
+    ///
+    /// # Errors
+    /// The device's, or damage.
+    pub fn visible(
+        &self,
+        transaction: &mut Transaction<'_>,
+        btree: BtreeId,
+        inode: InodeNumber,
+        offset: u64,
+        snapshot: SnapshotId,
+    ) -> Result<Option<(Position, Value)>> {
+        let own = Position::new(inode.0, offset, snapshot.0);
+        if snapshot == SnapshotId::ROOT {
+            return Ok(transaction.get(btree, own)?.map(|value| (own, value)));
+        }
+        self.first_seen(transaction, btree, own, Position::new(inode.0, offset, u32::MAX), snapshot)
+    }
+
+    /// The first key at or after `from`, up to `to` inclusive, that is seen from `snapshot`. The snapshot fields of the bounds are not looked at.
+    ///
+    /// # Errors
+    /// The device's, or damage.
+    pub fn next_visible(
+        &self,
+        transaction: &mut Transaction<'_>,
+        btree: BtreeId,
+        from: Position,
+        to: Position,
+        snapshot: SnapshotId,
+    ) -> Result<Option<(Position, Value)>> {
+        let from = Position { snapshot: snapshot.0, ..from };
+        self.first_seen(transaction, btree, from, Position { snapshot: u32::MAX, ..to }, snapshot)
+    }
+
+    /// The last key at or before `from`, down to `to` inclusive, that is seen from `snapshot`. The snapshot fields of the bounds are not looked at.
+    ///
+    /// # Errors
+    /// The device's, or damage.
+    pub fn previous_visible(
+        &self,
+        transaction: &mut Transaction<'_>,
+        btree: BtreeId,
+        from: Position,
+        to: Position,
+        snapshot: SnapshotId,
+    ) -> Result<Option<(Position, Value)>> {
+        let to = Position { snapshot: 0, ..to };
+        let mut from = Position { snapshot: u32::MAX, ..from };
+        while from >= to {
+            let Some((position, _)) = transaction.previous(btree, from, to)? else { return Ok(None) };
+            let place = Position { snapshot: snapshot.0, ..position };
+            let last = Position { snapshot: u32::MAX, ..position };
+            if let Some(seen) = self.first_seen(transaction, btree, place, last, snapshot)? {
+                return Ok(Some(seen));
+            }
+            match (Position { snapshot: 0, ..position }).predecessor() {
+                Some(before) => from = before,
+                None => break,
+            }
+        }
+        Ok(None)
+    }
+
+    /// The first key in `[from, to]` whose snapshot is an ancestor. Keys of the reader's descendants stand below its own at each place, those of
+    /// nearer ancestors below those of farther ones.
+    fn first_seen(
+        &self,
+        transaction: &mut Transaction<'_>,
+        btree: BtreeId,
+        mut from: Position,
+        to: Position,
+        snapshot: SnapshotId,
+    ) -> Result<Option<(Position, Value)>> {
+        while from <= to {
+            let Some((position, value)) = transaction.next(btree, from, to)? else { return Ok(None) };
+            if self.is_ancestor(SnapshotId(position.snapshot), snapshot) {
+                return Ok(Some((position, value)));
+            }
+            match position.successor() {
+                Some(next) => from = next,
+                None => break,
+            }
+        }
+        Ok(None)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ancestry_follows_parents() {
+        let root = SnapshotId::ROOT;
+        let (left, right, leaf) = (SnapshotId(root.0 - 1), SnapshotId(root.0 - 2), SnapshotId(root.0 - 3));
+        let parents = [(root, None), (left, Some(root)), (right, Some(root)), (leaf, Some(left))];
+        let snapshots = Snapshots::new(parents.into_iter().collect()).unwrap();
+        for (ancestor, descendant, expected) in [
+            (root, root, true),
+            (root, leaf, true),
+            (left, leaf, true),
+            (right, leaf, false),
+            (leaf, left, false),
+            (leaf, leaf, true),
+            (SnapshotId(5), SnapshotId(5), false),
+        ] {
+            assert_eq!(snapshots.is_ancestor(ancestor, descendant), expected, "{ancestor} of {descendant}");
+        }
+    }
+
+    #[test]
+    fn a_tree_that_is_none_is_damage() {
+        let root = SnapshotId::ROOT;
+        assert!(Snapshots::new(BTreeMap::new()).is_err());
+        assert!(Snapshots::new([(root, None), (SnapshotId(7), Some(SnapshotId(6)))].into_iter().collect()).is_err());
+        assert!(Snapshots::new([(root, None), (SnapshotId(7), Some(SnapshotId(9)))].into_iter().collect()).is_err());
+    }
+}

@@ -35,10 +35,10 @@ impl BucketChange {
         }
     }
 
-    /// Whether nothing is left of it.
+    /// Whether nothing is left of it: no count, no state, and no generation to check.
     #[must_use]
     pub fn is_nothing(&self) -> bool {
-        self.charged_delta == 0 && self.to_state.is_none()
+        self.charged_delta == 0 && self.to_state.is_none() && self.expected_generation.is_none()
     }
 }
 

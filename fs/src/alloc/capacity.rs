@@ -1,0 +1,268 @@
+//! How many bytes may be promised: the reserves, the counters, and what `df` shows.
+//!
+//! `df` is honest because the worst case is subtracted before, not after: what is called available can be written as
+//! scattered single blocks, with the metadata that takes, while the reserves stay whole.
+
+use crate::sync::atomic::{AtomicI64, Ordering};
+
+use crate::format::superblock::{SUPERBLOCK_BYTES, Superblock, copy_offsets};
+use crate::sync::Mutex;
+use crate::units::round_up;
+
+use super::BucketKey;
+
+/// Checkpoints whose node space is kept, and the one being written.
+const CHECKPOINTS_HELD: u64 = 3;
+/// Most bytes of dirty nodes on any device.
+const DIRTY_NODE_BYTES_MAX: u64 = 64 << 20;
+/// Fewest dirty nodes that transactions can work with.
+const DIRTY_NODES_MIN: u64 = 24;
+/// Nodes that one wave of splits may need at once.
+const SPLIT_NODES: u64 = 8;
+
+/// A device's buckets that belong to fixed areas, as ascending, disjoint ranges `[first, end)`.
+#[must_use]
+pub fn reserved_ranges(superblock: &Superblock, device: u8) -> Vec<(u64, u64)> {
+    let Some(member) = superblock.members.get(usize::from(device)) else { return Vec::new() };
+    let bucket_bytes = u64::from(superblock.geometry.bucket_bytes).max(1);
+    let mut ranges = vec![(0, 1)];
+    ranges.extend(copy_offsets(member.size_bytes).map(|offset| {
+        (offset / bucket_bytes, offset.saturating_add(SUPERBLOCK_BYTES as u64).div_ceil(bucket_bytes))
+    }));
+    let areas = superblock.layout.journal.iter().chain(&superblock.layout.checkpoints);
+    ranges.extend(areas.filter(|area| area.device == device).map(|area| (area.first, area.first + area.count)));
+    ranges.sort_unstable();
+    let mut merged: Vec<(u64, u64)> = Vec::new();
+    for (first, end) in ranges {
+        let (first, end) = (first.min(member.bucket_count), end.min(member.bucket_count));
+        match merged.last_mut() {
+            Some((_, last_end)) if first <= *last_end => *last_end = end.max(*last_end),
+            _ if first < end => merged.push((first, end)),
+            _ => {}
+        }
+    }
+    merged
+}
+
+/// What is kept back, and for whom. Follows from the superblock alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reserves {
+    /// Bytes of a bucket.
+    pub bucket_bytes: u64,
+    /// Bytes of a block.
+    pub block_bytes: u64,
+    /// Buckets of all devices that are in no fixed area.
+    pub usable_buckets: u64,
+    /// Cap on the bytes of dirty nodes, which the B-tree keeps.
+    pub dirty_node_bytes_max: u64,
+    /// Buckets that only B-tree nodes may take: (kept checkpoints + 1) x the cap x copies, and splits.
+    pub metadata_buckets: u64,
+    /// Buckets that only copygc (and nodes) may take. As many again are never promised, so that full buckets have some slack.
+    pub copygc_buckets: u64,
+    /// Metadata that a promise of data includes, in sixteenths: one for each copy of the metadata.
+    pub overhead_sixteenths: u64,
+}
+
+impl Reserves {
+    /// The reserves of a filesystem.
+    #[must_use]
+    pub fn of(superblock: &Superblock) -> Self {
+        let geometry = superblock.geometry;
+        let bucket_bytes = u64::from(geometry.bucket_bytes).max(1);
+        let node_bytes = u64::from(geometry.node_bytes);
+        let copies = u64::from(geometry.metadata_replicas);
+        let usable_buckets: u64 = (0..=u8::MAX)
+            .zip(&superblock.members)
+            .map(|(device, member)| {
+                let reserved: u64 = reserved_ranges(superblock, device).iter().map(|(first, end)| end - first).sum();
+                member.bucket_count.saturating_sub(reserved)
+            })
+            .sum();
+        let usable_bytes = usable_buckets.saturating_mul(bucket_bytes);
+        let dirty_node_bytes_max = (usable_bytes / 96).min(DIRTY_NODE_BYTES_MAX).max(DIRTY_NODES_MIN * node_bytes);
+        let metadata_bytes = (CHECKPOINTS_HELD * dirty_node_bytes_max + SPLIT_NODES * node_bytes) * copies;
+        Self {
+            bucket_bytes,
+            block_bytes: u64::from(geometry.block_bytes).max(1),
+            usable_buckets,
+            dirty_node_bytes_max,
+            metadata_buckets: (metadata_bytes.div_ceil(bucket_bytes) + 2 * copies).min(usable_buckets / 4),
+            copygc_buckets: (usable_buckets / 50).max(4).min(usable_buckets / 8),
+            overhead_sixteenths: copies,
+        }
+    }
+
+    /// Bytes that data, its metadata and promises may take together.
+    #[must_use]
+    pub fn capacity_bytes(&self) -> u64 {
+        (self.usable_buckets.saturating_sub(self.metadata_buckets + 2 * self.copygc_buckets))
+            .saturating_mul(self.bucket_bytes)
+    }
+
+    /// Metadata that writing `bytes` of data may need at worst: single blocks, each with an extent and a backpointer in half-full nodes.
+    #[must_use]
+    pub fn overhead_bytes(&self, bytes: u64) -> u64 {
+        (bytes / 16).saturating_mul(self.overhead_sixteenths) + if bytes % 16 == 0 { 0 } else { self.overhead_sixteenths }
+    }
+
+    /// The most data, in whole blocks, that fits `bytes` with its overhead.
+    #[must_use]
+    pub fn data_within(&self, bytes: u64) -> u64 {
+        let blocks = bytes / self.block_bytes;
+        let per_block = self.block_bytes + self.overhead_bytes(self.block_bytes);
+        // A block is a multiple of 16 bytes, so the overhead of many blocks is exactly that of one, times their number.
+        (bytes / per_block).min(blocks) * self.block_bytes
+    }
+
+    /// Buckets that an allocation at this watermark leaves alone.
+    #[must_use]
+    pub fn floor_buckets(&self, watermark: super::Watermark) -> u64 {
+        match watermark {
+            super::Watermark::Normal => self.metadata_buckets + self.copygc_buckets,
+            super::Watermark::CopyGc => self.metadata_buckets,
+            super::Watermark::Metadata => 0,
+        }
+    }
+}
+
+/// What is used and promised, kept as commits happen. Differences may be added in any order, so each is signed and may pass
+/// through odd values for a moment.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Bytes that extents are charged with.
+    pub data_bytes: AtomicI64,
+    /// Bytes that unwritten extents hold.
+    pub unwritten_bytes: AtomicI64,
+    /// Bytes promised by reservations, their overhead included.
+    pub reserved_bytes: AtomicI64,
+    /// Buckets with a count above 0.
+    pub data_buckets: AtomicI64,
+    /// Buckets of nodes.
+    pub metadata_buckets: AtomicI64,
+    /// Emptied buckets that are not free yet.
+    pub need_discard_buckets: AtomicI64,
+    /// Held by those who add promises, so that two do not promise the same bytes.
+    pub(super) admission: Mutex<()>,
+}
+
+fn signed(bytes: u64) -> i64 {
+    i64::try_from(bytes).unwrap_or(i64::MAX)
+}
+
+fn unsigned(bytes: i64) -> u64 {
+    u64::try_from(bytes).unwrap_or(0)
+}
+
+impl Counters {
+    /// Buckets that are free, queued and opened-but-uncounted ones included.
+    #[must_use]
+    pub fn free_buckets(&self, reserves: &Reserves) -> u64 {
+        let used = self.data_buckets.load(Ordering::SeqCst)
+            + self.metadata_buckets.load(Ordering::SeqCst)
+            + self.need_discard_buckets.load(Ordering::SeqCst);
+        reserves.usable_buckets.saturating_sub(unsigned(used))
+    }
+
+    /// Bytes that are used or promised. Promises are read first: a commit adds the data before its promise is given back, so
+    /// bytes may be seen twice, never missed.
+    fn taken_bytes(&self, reserves: &Reserves) -> i64 {
+        let reserved = self.reserved_bytes.load(Ordering::SeqCst);
+        let metadata = self.metadata_buckets.load(Ordering::SeqCst).saturating_mul(signed(reserves.bucket_bytes));
+        // Unwritten space is read before data, for the same reason: a write turns the one into the other.
+        let unwritten = self.unwritten_bytes.load(Ordering::SeqCst);
+        let data = self.data_bytes.load(Ordering::SeqCst);
+        reserved.saturating_add(metadata).saturating_add(unwritten).saturating_add(data)
+    }
+
+    /// Bytes that may still be promised, overhead included.
+    #[must_use]
+    pub fn promisable_bytes(&self, reserves: &Reserves) -> u64 {
+        unsigned(signed(reserves.capacity_bytes()).saturating_sub(self.taken_bytes(reserves)))
+    }
+
+    /// Promises `bytes` if they are there.
+    pub(super) fn admit(&self, reserves: &Reserves, bytes: u64) -> bool {
+        let _admission = self.admission.lock();
+        if self.promisable_bytes(reserves) < bytes {
+            return false;
+        }
+        self.reserved_bytes.fetch_add(signed(bytes), Ordering::SeqCst);
+        true
+    }
+
+    /// Promises `bytes` whether they are there or not.
+    pub(super) fn admit_always(&self, bytes: u64) {
+        self.reserved_bytes.fetch_add(signed(bytes), Ordering::SeqCst);
+    }
+
+    /// Takes a promise back.
+    pub(super) fn give_back(&self, bytes: u64) {
+        self.reserved_bytes.fetch_sub(signed(bytes), Ordering::SeqCst);
+    }
+
+    /// What `df` and `coppice usage` show.
+    #[must_use]
+    pub fn usage(&self, reserves: &Reserves) -> Usage {
+        let free_bytes = self.promisable_bytes(reserves);
+        Usage {
+            total_bytes: reserves.capacity_bytes(),
+            free_bytes,
+            available_bytes: reserves.data_within(free_bytes),
+            data_bytes: unsigned(self.data_bytes.load(Ordering::SeqCst)),
+            unwritten_bytes: unsigned(self.unwritten_bytes.load(Ordering::SeqCst)),
+            metadata_bytes: unsigned(self.metadata_buckets.load(Ordering::SeqCst)).saturating_mul(reserves.bucket_bytes),
+            reserved_bytes: unsigned(self.reserved_bytes.load(Ordering::SeqCst)),
+            bucket_bytes: reserves.bucket_bytes,
+            usable_buckets: reserves.usable_buckets,
+            free_buckets: self.free_buckets(reserves),
+            data_buckets: unsigned(self.data_buckets.load(Ordering::SeqCst)),
+            metadata_buckets: unsigned(self.metadata_buckets.load(Ordering::SeqCst)),
+            need_discard_buckets: unsigned(self.need_discard_buckets.load(Ordering::SeqCst)),
+        }
+    }
+}
+
+/// Where the space is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Bytes that people can use: all buckets outside of the fixed areas, less the reserves. `f_blocks`.
+    pub total_bytes: u64,
+    /// Bytes neither used nor promised. `f_bfree`.
+    pub free_bytes: u64,
+    /// Bytes of data that can be written now, metadata for the worst case put aside. `f_bavail`. A multiple of the block size:
+    /// a reservation of exactly this succeeds, one of a block more does not.
+    pub available_bytes: u64,
+    /// Bytes on disk that extents are charged with.
+    pub data_bytes: u64,
+    /// Bytes held by unwritten extents (fallocate).
+    pub unwritten_bytes: u64,
+    /// Bytes of buckets that nodes have.
+    pub metadata_bytes: u64,
+    /// Bytes promised to writes that are not committed, overhead included.
+    pub reserved_bytes: u64,
+    /// Bytes of a bucket.
+    pub bucket_bytes: u64,
+    /// Buckets outside of the fixed areas.
+    pub usable_buckets: u64,
+    /// Free ones.
+    pub free_buckets: u64,
+    /// Ones with file data.
+    pub data_buckets: u64,
+    /// Ones with nodes.
+    pub metadata_buckets: u64,
+    /// Emptied ones that are not free yet.
+    pub need_discard_buckets: u64,
+}
+
+/// Rounds a length up to whole blocks.
+#[must_use]
+pub(super) fn whole_blocks(reserves: &Reserves, bytes: u64) -> u64 {
+    round_up(bytes, reserves.block_bytes)
+}
+
+/// Whether a bucket is in one of the ascending ranges.
+#[must_use]
+pub fn in_ranges(ranges: &[(u64, u64)], key: BucketKey) -> bool {
+    let index = ranges.partition_point(|&(first, _)| first <= key.1.0);
+    index.checked_sub(1).and_then(|index| ranges.get(index)).is_some_and(|&(_, end)| key.1.0 < end)
+}

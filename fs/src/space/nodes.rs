@@ -1,0 +1,188 @@
+//! Buckets for B-tree nodes. Copies go to different halves of the device, so that what destroys one end leaves a copy.
+//!
+//! Called from within checkpoints: a claim waits for nothing that a checkpoint does, and takes the last free bucket if it must. The
+//! metadata's reserve makes that one be there.
+
+use crate::alloc::{BucketKey, BucketStore};
+use crate::error::{Error, Result};
+use crate::format::space::BucketState;
+use crate::format::{BtreeId, Position};
+use crate::sync::atomic::Ordering;
+use crate::transaction::{BucketChange, CommitOptions};
+use crate::units::{BucketIndex, DeviceIndex};
+
+use super::store::{Store, range_end, untouched_from};
+use super::{Space, bucket_position};
+
+/// Half of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Half {
+    /// The first half.
+    Low,
+    /// The second.
+    High,
+}
+
+/// A bucket that was claimed for nodes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NodeBucket {
+    /// Device.
+    pub device: DeviceIndex,
+    /// Bucket.
+    pub bucket: BucketIndex,
+    /// The half that it lies in, which may not be the one that was asked for when space is short.
+    pub half: Half,
+}
+
+impl Space {
+    /// Claims `count` buckets for nodes, in journalled transactions at the checkpoint's watermark: with two copies of metadata every other one in the upper
+    /// half. The claims are durable when the journal is flushed up to its newest record.
+    ///
+    /// # Errors
+    /// [`Error::NoSpace`] if no bucket is left at all; what was claimed before that is released again.
+    pub fn claim_node_buckets(&self, count: usize) -> Result<Vec<NodeBucket>> {
+        let mut claimed = Vec::with_capacity(count);
+        for index in 0..count {
+            let low = self.superblock.geometry.metadata_replicas < 2 || index.is_multiple_of(2);
+            match self.claim_node_bucket(if low { Half::Low } else { Half::High }) {
+                Ok(bucket) => claimed.push(bucket),
+                Err(error) => {
+                    for NodeBucket { device, bucket, .. } in claimed {
+                        self.release_node_bucket(device, bucket)?;
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        Ok(claimed)
+    }
+
+    /// Claims one bucket, in this half if there is one.
+    ///
+    /// # Errors
+    /// As [`Self::claim_node_buckets`].
+    pub fn claim_node_bucket(&self, half: Half) -> Result<NodeBucket> {
+        loop {
+            if let Some(key) = self.hold_for_nodes(half)? {
+                let claimed = self.transactions.run(CommitOptions::checkpoint(), |transaction| {
+                    let change = BucketChange { to_state: Some(BucketState::Metadata), ..BucketChange::default() };
+                    transaction.change_bucket(key.0, key.1, change);
+                    Ok(())
+                });
+                self.allocator.finish(key, None, false);
+                claimed?;
+                return Ok(NodeBucket { device: key.0, bucket: key.1, half: self.half_of(key) });
+            }
+            // What was emptied but is not free: make it so, here and now.
+            self.allocator.close_empty();
+            let Some((_, newest)) = self.allocator.emptied_span() else { break };
+            self.journal.make_reusable(newest)?;
+            if self.free_emptied(CommitOptions::checkpoint(), 8)? == 0 {
+                break;
+            }
+        }
+        Err(Error::NoSpace("no bucket is left for metadata"))
+    }
+
+    /// Takes a bucket back that no kept checkpoint uses. It is reusable when this is durable.
+    ///
+    /// # Errors
+    /// The transaction's; [`Error::Bug`] if it is not a bucket of nodes.
+    pub fn release_node_bucket(&self, device: DeviceIndex, bucket: BucketIndex) -> Result<()> {
+        self.transactions.run(CommitOptions::checkpoint(), |transaction| {
+            let change = BucketChange { to_state: Some(BucketState::NeedDiscard), ..BucketChange::default() };
+            transaction.change_bucket(device, bucket, change);
+            Ok(())
+        })?;
+        Ok(())
+    }
+
+    fn half_of(&self, (device, bucket): BucketKey) -> Half {
+        if bucket.0 < self.bucket_count(device) / 2 { Half::Low } else { Half::High }
+    }
+
+    /// Used buckets before untouched ones, the half that was asked for before the other.
+    fn hold_for_nodes(&self, half: Half) -> Result<Option<BucketKey>> {
+        let other = if half == Half::Low { Half::High } else { Half::Low };
+        for half in [half, other] {
+            for device in (0..=u8::MAX).map(DeviceIndex).take(self.superblock.members.len()) {
+                if let Some(key) = self.hold_used(device, half)? {
+                    return Ok(Some(key));
+                }
+                if let Some(key) = self.hold_untouched(device, half)? {
+                    return Ok(Some(key));
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    fn half_range(&self, device: DeviceIndex, half: Half) -> (u64, u64) {
+        let bucket_count = self.bucket_count(device);
+        match half {
+            Half::Low => (0, bucket_count / 2),
+            Half::High => (bucket_count / 2, bucket_count),
+        }
+    }
+
+    fn hold_used(&self, device: DeviceIndex, half: Half) -> Result<Option<BucketKey>> {
+        let (first, end) = self.half_range(device, half);
+        let mut from = BucketIndex(first);
+        loop {
+            let batch = Store::new(self).free_buckets(device, from, 64)?;
+            for candidate in batch.candidates {
+                if candidate.key.1.0 >= end {
+                    return Ok(None);
+                }
+                if self.hold_if_free(candidate.key)? {
+                    if !candidate.discarded {
+                        self.allocator.add_undiscarded(-1);
+                    }
+                    return Ok(Some(candidate.key));
+                }
+            }
+            match batch.next {
+                Some(next) if next.0 < end && next > from => from = next,
+                _ => return Ok(None),
+            }
+        }
+    }
+
+    /// A never-used bucket, above the mark or not: one that has no key.
+    fn hold_untouched(&self, device: DeviceIndex, half: Half) -> Result<Option<BucketKey>> {
+        let (first, end) = self.half_range(device, half);
+        let reserved = self.reserved(device);
+        let mark = untouched_from(&mut self.transactions.read(), device)?;
+        // The cursor only saves looking at what was claimed before; it is device 0's.
+        let slot = self.node_cursors.get(usize::from(half == Half::High));
+        let slot = slot.filter(|_| device == DeviceIndex(0));
+        let cursor = slot.map_or(0, |slot| slot.load(Ordering::Relaxed));
+        let mut next = first.max(mark).max(cursor);
+        while next < end {
+            if let Some(after) = range_end(reserved, next) {
+                next = after;
+                continue;
+            }
+            let last = Position::new(u64::from(device.0), end - 1, u32::MAX);
+            let from = bucket_position((device, BucketIndex(next)));
+            let known = self.transactions.read().range(BtreeId::Buckets, from, last, 64)?;
+            let window_end = known.last().filter(|_| known.len() == 64).map_or(end, |(last, _)| last.offset + 1);
+            while next < window_end.min(end) {
+                if let Some(after) = range_end(reserved, next) {
+                    next = after;
+                    continue;
+                }
+                let key = (device, BucketIndex(next));
+                next += 1;
+                let is_known = known.binary_search_by_key(&key.1.0, |(position, _)| position.offset).is_ok();
+                if !is_known && self.hold_if_free(key)? {
+                    if let Some(slot) = slot {
+                        slot.store(next, Ordering::Relaxed);
+                    }
+                    return Ok(Some(key));
+                }
+            }
+        }
+        Ok(None)
+    }
+}
