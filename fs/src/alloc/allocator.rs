@@ -522,7 +522,11 @@ impl Allocator {
                 .take_while(|((sequence, _), _)| *sequence <= reusable)
                 .filter(|((_, key), _)| !state.taken.contains(key))
                 .take(limit)
-                .map(|((sequence, key), generation)| Emptied { key: *key, generation: *generation, sequence: *sequence })
+                .map(|((sequence, key), generation)| Emptied {
+                    key: *key,
+                    generation: *generation,
+                    sequence: *sequence,
+                })
                 .collect();
             for emptied in &chosen {
                 state.emptied.remove(&(emptied.sequence, emptied.key));

@@ -26,9 +26,11 @@ pub fn reserved_ranges(superblock: &Superblock, device: u8) -> Vec<(u64, u64)> {
     let Some(member) = superblock.members.get(usize::from(device)) else { return Vec::new() };
     let bucket_bytes = u64::from(superblock.geometry.bucket_bytes).max(1);
     let mut ranges = vec![(0, 1)];
-    ranges.extend(copy_offsets(member.size_bytes).map(|offset| {
-        (offset / bucket_bytes, offset.saturating_add(SUPERBLOCK_BYTES as u64).div_ceil(bucket_bytes))
-    }));
+    ranges.extend(
+        copy_offsets(member.size_bytes).map(|offset| {
+            (offset / bucket_bytes, offset.saturating_add(SUPERBLOCK_BYTES as u64).div_ceil(bucket_bytes))
+        }),
+    );
     let areas = superblock.layout.journal.iter().chain(&superblock.layout.checkpoints);
     ranges.extend(areas.filter(|area| area.device == device).map(|area| (area.first, area.first + area.count)));
     ranges.sort_unstable();
@@ -102,7 +104,8 @@ impl Reserves {
     /// Metadata that writing `bytes` of data may need at worst: single blocks, each with an extent and a backpointer in half-full nodes.
     #[must_use]
     pub fn overhead_bytes(&self, bytes: u64) -> u64 {
-        (bytes / 16).saturating_mul(self.overhead_sixteenths) + if bytes % 16 == 0 { 0 } else { self.overhead_sixteenths }
+        (bytes / 16).saturating_mul(self.overhead_sixteenths)
+            + if bytes % 16 == 0 { 0 } else { self.overhead_sixteenths }
     }
 
     /// The most data, in whole blocks, that fits `bytes` with its overhead.
@@ -210,7 +213,8 @@ impl Counters {
             available_bytes: reserves.data_within(free_bytes),
             data_bytes: unsigned(self.data_bytes.load(Ordering::SeqCst)),
             unwritten_bytes: unsigned(self.unwritten_bytes.load(Ordering::SeqCst)),
-            metadata_bytes: unsigned(self.metadata_buckets.load(Ordering::SeqCst)).saturating_mul(reserves.bucket_bytes),
+            metadata_bytes: unsigned(self.metadata_buckets.load(Ordering::SeqCst))
+                .saturating_mul(reserves.bucket_bytes),
             reserved_bytes: unsigned(self.reserved_bytes.load(Ordering::SeqCst)),
             bucket_bytes: reserves.bucket_bytes,
             usable_buckets: reserves.usable_buckets,

@@ -8,8 +8,8 @@
 //!
 //! Sharded mutexes, innermost.
 
-use std::collections::HashMap;
 use crate::sync::atomic::{AtomicU64, Ordering};
+use std::collections::HashMap;
 
 use smallvec::SmallVec;
 

@@ -25,7 +25,7 @@ pub enum BtreeId {
     Xattrs = 3,
     /// (device, bucket, 0) -> [`super::space::Bucket`]. A bucket that was never used has no key.
     Buckets = 4,
-    /// (device, bucket, 0) -> [`super::space::FreeBucket`]: free buckets below the device's untouched mark.
+    /// (device, bucket, 0) -> [`super::space::FreeBucket`]: free buckets that were used, or lie below the device's untouched mark.
     FreeSpace = 5,
     /// (device, bucket, 0) -> empty: emptied buckets, not yet reusable.
     NeedDiscard = 6,

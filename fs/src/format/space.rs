@@ -131,7 +131,8 @@ impl Backpointer {
 /// Value in the devices tree.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeviceUsage {
-    /// Buckets from here on were never used and are free, but for the reserved ones of the superblock's layout.
+    /// Buckets from here on that have no key in the buckets tree were never used and are free, and have no key in the free-space tree either;
+    /// but for the reserved ones of the superblock's layout. (Nodes may claim buckets above the mark, for the upper half of the device.)
     pub untouched_from: u64,
 }
 

@@ -1,6 +1,5 @@
 //! What copygc is asked to do: when, and with which bucket. The moving itself is `data`'s, who knows extents.
 
-use crate::alloc::BucketKey;
 use crate::env::Event;
 use crate::error::Result;
 use crate::format::space::{Bucket, BucketState};

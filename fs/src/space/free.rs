@@ -30,8 +30,7 @@ impl Space {
     /// Queues the buckets that were emptied before the mount. They wait for a record of this life to say that the recovered log is durable.
     pub(super) fn load_emptied(&self) -> Result<()> {
         let newest = self.journal.newest();
-        let keys =
-            self.transactions.read().range(BtreeId::NeedDiscard, Position::MIN, Position::MAX, usize::MAX)?;
+        let keys = self.transactions.read().range(BtreeId::NeedDiscard, Position::MIN, Position::MAX, usize::MAX)?;
         for (position, _) in keys {
             if let Ok(device) = u8::try_from(position.inode) {
                 self.allocator.add_emptied((DeviceIndex(device), BucketIndex(position.offset)), newest);
@@ -42,8 +41,7 @@ impl Space {
 
     /// Frees up to `limit` emptied buckets whose emptying is durable. Returns how many.
     pub(super) fn free_emptied(&self, options: CommitOptions, limit: usize) -> Result<usize> {
-        let reusable =
-            if self.switches.reuse_too_early { JournalSequence(u64::MAX) } else { self.journal.reusable() };
+        let reusable = if self.switches.reuse_too_early { JournalSequence(u64::MAX) } else { self.journal.reusable() };
         let mut freed_count = 0;
         while freed_count < limit {
             let emptied = self.allocator.eligible(reusable, FREE_BATCH.min(limit - freed_count));
