@@ -41,7 +41,7 @@ use crate::device::BlockDevice;
 use crate::env::{Env, Event, Worker};
 use crate::error::{Error, Result};
 use crate::format::journal::AccountingCounter;
-use crate::format::superblock::BucketRange;
+use crate::format::superblock::{BucketRange, Superblock};
 use crate::metrics::Metrics;
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Arc, Mutex};
@@ -53,10 +53,13 @@ use ring::Ring;
 use state::State;
 pub use totals::Totals;
 
+/// Sequences that records may have: far enough from the type's end that counting up needs no checks.
+const SEQUENCES: std::ops::Range<u64> = 1..1 << 63;
+
 /// Where the journal lies and how it commits.
 #[derive(Clone, Debug)]
 pub struct JournalConfig {
-    /// The filesystem's id, in every record.
+    /// The id in every record: [`journal_identity`], the same for all who read or write this journal.
     pub filesystem: Uuid,
     /// All member devices, by [`crate::units::DeviceIndex`]; all are flushed, since data may be on any.
     pub devices: Vec<std::sync::Arc<dyn BlockDevice>>,
@@ -69,6 +72,35 @@ pub struct JournalConfig {
     /// How old an entry may get before it is flushed unasked (`commit=`). None or zero: every commit is to be flushed at once, by whoever
     /// made it ([`Journal::commits_at_once`]) and at the latest by the worker.
     pub commit_interval: Option<Duration>,
+}
+
+/// The id that journal records of a filesystem carry. It is not the filesystem's own id, which users can learn: recovery looks at
+/// whole blocks of the ring for records, and what users store passes through the ring. A value that looked like a
+/// record, with a sequence far ahead, could make recovery see damage where there is none. Nobody who cannot read the superblock knows
+/// this id.
+#[must_use]
+pub fn journal_identity(superblock: &Superblock) -> Uuid {
+    let seed = superblock.defaults.hash_seed;
+    Uuid::from_u128(xxhash_rust::xxh3::xxh3_128_with_seed(superblock.filesystem.as_bytes(), seed))
+}
+
+impl JournalConfig {
+    /// The journal of the filesystem that a superblock describes, with records of at most 256 KiB.
+    #[must_use]
+    pub fn new(
+        superblock: &Superblock,
+        devices: Vec<std::sync::Arc<dyn BlockDevice>>,
+        commit_interval: Option<Duration>,
+    ) -> Self {
+        Self {
+            filesystem: journal_identity(superblock),
+            devices,
+            copies: superblock.layout.journal.clone(),
+            bucket_bytes: superblock.geometry.bucket_bytes,
+            record_bytes_max: 256 << 10,
+            commit_interval,
+        }
+    }
 }
 
 /// Where writing starts: after mkfs ([`JournalStart::fresh`]) or recovery ([`Log::start`]).
@@ -224,8 +256,8 @@ impl Journal {
                 return Err(Error::corrupt("journal", format!("offset {offset} in a ring of {} bytes", ring.bytes)));
             }
         }
-        if start.next.0 == 0 {
-            return Err(Error::corrupt("journal", "it cannot start at record 0"));
+        if !SEQUENCES.contains(&start.next.0) {
+            return Err(Error::corrupt("journal", format!("it cannot start at record {}", start.next)));
         }
         let tail = start.oldest_needed_offset;
         let head = if start.offset < tail { start.offset + ring.bytes } else { start.offset };
@@ -379,8 +411,9 @@ impl Journal {
         self.inner.state.lock().unreflected_permille()
     }
 
-    /// Called once when the fill passes 400 (again after each boundary or release), and whenever somebody begins to wait for ring space. It
-    /// is called with the caller's leaf locks held: it may set a flag and notify an event, no more. The first hook that is set stays.
+    /// Called once when the fill has passed 400 and a checkpoint would begin to free some of that (again after each boundary or release), and
+    /// when somebody begins to wait for ring space, again after each release that was not enough: one checkpoint frees only what is before
+    /// the *older* kept one's F, so it may take two. It is called with the caller's leaf locks held: it may set a flag and notify an event, no more. The first hook that is set stays.
     pub fn set_pressure_hook(&self, hook: PressureHook) {
         let _ = self.inner.pressure.set(hook);
     }

@@ -2,7 +2,7 @@
 //!
 //! The chain starts at the checkpoint's F. A record continues it only if its checksum is right, it is of this filesystem, its sequence is the
 //! next, it names the checksum of the record before, and its epoch is not lower. It lies where the record before ended, or, if it does not
-//! fit there, at the ring's start. Any copy will do; if an earlier life's record continues the chain too, the higher epoch is the log.
+//! fit there, at the ring's start. Any copy will do ([`Log::repair_copies`] then restores the others); if an earlier life's record continues the chain too, the higher epoch is the log.
 //!
 //! Behind the end of the chain the whole ring is looked through, in all copies, for the highest D. If that is above the end, durable records
 //! are missing: damage, not the end. Otherwise records above D are checked for the data that was written alongside them.
@@ -12,14 +12,14 @@
 
 use std::collections::BTreeMap;
 
-use super::ring::{BLOCK_BYTES, Ring};
+use super::ring::{BLOCK_BYTES, Ring, flush_all};
 use super::totals::Totals;
-use super::{JournalConfig, JournalStart};
+use super::{JournalConfig, JournalStart, SEQUENCES};
 use crate::device::BlockDevice;
 use crate::error::{Corruption, Error, Result};
 use crate::format::ChecksumKind;
 use crate::format::checkpoint::Checkpoint;
-use crate::format::journal::{Entries, Entry, RecordHeader};
+use crate::format::journal::{Entries, Entry, RECORD_ALIGNMENT_BYTES, RecordHeader};
 use crate::units::{DeviceIndex, JournalSequence, round_down, round_up};
 
 /// Bytes read at once.
@@ -54,6 +54,19 @@ pub struct Log {
     pub highest_epoch: u64,
     /// Highest D that was seen.
     pub known_flushed: JournalSequence,
+    /// Copies of these records that are not as they should be.
+    bad_copies: Vec<BadCopy>,
+}
+
+/// A copy of a record that another copy has whole.
+#[derive(Clone, Copy, Debug)]
+struct BadCopy {
+    /// Index of the record in the log.
+    record: usize,
+    /// Index of the ring's copy.
+    copy: usize,
+    /// Offset of the record in the ring.
+    offset: u64,
 }
 
 impl Log {
@@ -61,6 +74,34 @@ impl Log {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.records.iter().all(|record| record.payload.is_empty())
+    }
+
+    /// How many records lack a good copy. After a power cut that is no sign of damage: the last writes reached some copies only.
+    #[must_use]
+    pub fn bad_copy_count(&self) -> usize {
+        self.bad_copies.len()
+    }
+
+    /// Writes the records again to the copies that lack them, and flushes. A mount that is going to write calls it before anything else: it will
+    /// count on these records, which may now be in one copy only.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn repair_copies(&self, config: &JournalConfig) -> Result<()> {
+        if self.bad_copies.is_empty() {
+            return Ok(());
+        }
+        let ring = Ring::new(config)?;
+        for bad in &self.bad_copies {
+            let Some(record) = self.records.get(bad.record) else { continue };
+            let Some(copy) = ring.copies.get(bad.copy) else { continue };
+            let Some(device) = config.devices.get(copy.device) else { continue };
+            let (mut bytes, _) = record.header.encode(&record.payload);
+            bytes.resize(bytes.len().next_multiple_of(RECORD_ALIGNMENT_BYTES), 0);
+            device.write(copy.start + bad.offset, &bytes)?;
+        }
+        tracing::info!(copies = self.bad_copies.len(), "journal records were written again to copies that lacked them");
+        flush_all(&config.devices)
     }
 
     /// Totals at the log's end: the checkpoint's and the deltas of all records.
@@ -97,8 +138,11 @@ struct Found {
     header: RecordHeader,
     payload: Vec<u8>,
     checksum: u32,
-    /// Bytes in the ring.
+    /// Where it is in the ring, and how many bytes of it.
+    start: u64,
     length: u64,
+    /// Indexes of the copies that do not have it.
+    bad_copies: Vec<usize>,
 }
 
 /// One copy of the ring, read through a window.
@@ -108,11 +152,15 @@ struct CopyReader<'a> {
     ring_bytes: u64,
     window: Vec<u8>,
     window_offset: u64,
+    /// What lies at the ring's start: the chain looks there wherever it is.
+    first: Option<(RecordHeader, u64)>,
 }
 
 impl<'a> CopyReader<'a> {
     fn new(device: &'a dyn BlockDevice, start: u64, ring_bytes: u64) -> Self {
-        Self { device, start, ring_bytes, window: Vec::new(), window_offset: 0 }
+        let mut reader = Self { device, start, ring_bytes, window: Vec::new(), window_offset: 0, first: None };
+        reader.first = reader.peek(0);
+        reader
     }
 
     fn in_window(&self, offset: u64, length: u64) -> Option<&[u8]> {
@@ -155,7 +203,15 @@ impl<'a> CopyReader<'a> {
 
     fn verify(&mut self, offset: u64, length: u64) -> Option<Found> {
         let (header, payload, checksum) = RecordHeader::decode(self.bytes(offset, length)?).ok()?;
-        Some(Found { header, payload: payload.to_vec(), checksum, length })
+        let payload = payload.to_vec();
+        Some(Found { header, payload, checksum, start: offset, length, bad_copies: Vec::new() })
+    }
+
+    /// Whether this copy has a record that another has.
+    fn has(&mut self, record: &Found) -> bool {
+        let Some(bytes) = self.bytes(record.start, record.length) else { return false };
+        RecordHeader::decode(bytes)
+            .is_ok_and(|(header, payload, _)| header == record.header && payload == record.payload)
     }
 }
 
@@ -186,7 +242,7 @@ pub fn read_log(config: &JournalConfig, from: &Checkpoint) -> Result<Log> {
     for device in config.devices.iter().filter(|device| !device.is_read_only()) {
         device.flush()?;
     }
-    if from.first_replay == 0
+    if !SEQUENCES.contains(&from.first_replay)
         || from.first_replay_offset >= ring.bytes
         || !from.first_replay_offset.is_multiple_of(BLOCK_BYTES)
     {
@@ -213,6 +269,7 @@ pub fn read_log(config: &JournalConfig, from: &Checkpoint) -> Result<Log> {
         previous_checksum: tip.previous_checksum,
         highest_epoch: reader.highest_epoch,
         known_flushed: reader.known_flushed,
+        bad_copies: Vec::new(),
     };
     let mut checked_bytes = 0;
     for (offset, record) in found {
@@ -223,6 +280,9 @@ pub fn read_log(config: &JournalConfig, from: &Checkpoint) -> Result<Log> {
             log.previous_checksum = header.previous_checksum;
             break;
         }
+        let bad_copies =
+            record.bad_copies.iter().map(|&copy| BadCopy { record: log.records.len(), copy, offset: record.start });
+        log.bad_copies.extend(bad_copies);
         log.records.push(LogRecord { header, payload: record.payload });
     }
     Ok(log)
@@ -241,29 +301,30 @@ impl Reader<'_> {
         let mut passed_bytes = 0;
         loop {
             let rest = self.ring.bytes - tip.offset;
-            let mut best: Option<(u64, Found)> = None;
+            let mut best: Option<Found> = None;
             for offset in [tip.offset, 0] {
                 let has_wrapped = offset != tip.offset;
                 for copy in &mut self.copies {
-                    let Some((header, length)) = copy.peek(offset) else { continue };
+                    let peeked = if has_wrapped { copy.first } else { copy.peek(offset) };
+                    let Some((header, length)) = peeked else { continue };
                     if header.filesystem != self.config.filesystem
                         || header.sequence.0 != tip.sequence
                         || header.previous_checksum != tip.previous_checksum
                         || header.epoch < tip.epoch
                         || (has_wrapped && length <= rest)
-                        || best.as_ref().is_some_and(|(_, best)| best.header.epoch >= header.epoch)
+                        || best.as_ref().is_some_and(|best| best.header.epoch >= header.epoch)
                     {
                         continue;
                     }
-                    if let Some(record) = copy.verify(offset, length) {
-                        best = Some((offset, record));
-                    }
+                    best = copy.verify(offset, length).or(best);
                 }
             }
-            let Some((start, record)) = best else { break };
-            let skipped = if start == tip.offset { 0 } else { rest };
+            let Some(mut record) = best else { break };
+            let copies = self.copies.iter_mut().enumerate();
+            record.bad_copies = copies.filter_map(|(index, copy)| (!copy.has(&record)).then_some(index)).collect();
+            let skipped = if record.start == tip.offset { 0 } else { rest };
             passed_bytes += skipped + record.length;
-            if passed_bytes > self.ring.bytes {
+            if passed_bytes >= self.ring.bytes {
                 break;
             }
             self.highest_epoch = self.highest_epoch.max(record.header.epoch);
@@ -273,7 +334,7 @@ impl Reader<'_> {
                 sequence: tip.sequence.saturating_add(1),
                 epoch: record.header.epoch,
                 previous_checksum: record.checksum,
-                offset: self.ring.offset(start + record.length),
+                offset: self.ring.offset(record.start + record.length),
             };
             found.push((before, record));
         }
@@ -283,9 +344,8 @@ impl Reader<'_> {
     /// Looks at every block that is not in the chain for records that were written later: they tell the highest D and epoch.
     fn look_behind_the_end(&mut self, found: &[(u64, Found)], tip: &Tip) -> Result<()> {
         let mut accepted: BTreeMap<u64, u64> = BTreeMap::new();
-        for (before, record) in found {
-            let start = if before + record.length > self.ring.bytes { 0 } else { *before };
-            accepted.insert(start, record.length);
+        for (_, record) in found {
+            accepted.insert(record.start, record.length);
         }
         for copy in &mut self.copies {
             let mut budget = self.ring.bytes * BAD_RECORD_BUDGET;

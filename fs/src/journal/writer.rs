@@ -15,8 +15,9 @@ use crate::units::JournalSequence;
 
 /// The longest time that a durable sequence stays unstated when nothing else is written, and the shortest between two statements.
 const STATEMENT_INTERVAL: Duration = Duration::from_millis(50);
-/// From this fill on a checkpoint is asked for.
+/// From this fill on a checkpoint is asked for, if so much of it was filled since the last one.
 const PRESSURE_PERMILLE: u32 = 400;
+const PRESSURE_UNREFLECTED_PERMILLE: u32 = 100;
 
 /// The right to write. Dropping it ends the turn; unwinding latches, since nobody knows what was written.
 struct Turn<'a>(&'a Inner);
@@ -69,7 +70,9 @@ impl Inner {
             let reserved = state.try_reserve(payload_bytes, watermark, || self.env.monotonic())?;
             let due = state.open.opened_at + self.commit_interval;
             let must_wake = reserved.has_sealed || (reserved.is_first && Self::wakes_worker(&mut state, due));
-            let has_pressure = !state.has_told_pressure && state.fill_permille() >= PRESSURE_PERMILLE;
+            let has_pressure = !state.has_told_pressure
+                && state.fill_permille() >= PRESSURE_PERMILLE
+                && state.unreflected_permille() >= PRESSURE_UNREFLECTED_PERMILLE;
             state.has_told_pressure |= has_pressure;
             (reserved, must_wake, has_pressure)
         };
@@ -117,18 +120,17 @@ impl Inner {
             State(JournalSequence),
         }
         {
-            let mut state = self.state.lock();
+            let state = self.state.lock();
             state.check()?;
             if payload_bytes > state.payload_bytes_max() {
                 let largest = state.payload_bytes_max();
                 return Err(Error::Bug(format!("{payload_bytes} bytes to log at once, {largest} fit a record")));
             }
-            state.space_waiters += 1;
         }
-        self.metrics.journal_reservations_blocked.increment();
         // One checkpoint frees what is before the *older* kept one's F: it may take two. So each release is followed by another request.
         let mut asked_at = None;
         let mut unstatable = None;
+        let mut is_counted = false;
         let outcome = loop {
             let next = self.env.wait(&self.space, || {
                 let mut state = self.state.lock();
@@ -136,6 +138,10 @@ impl Inner {
                     return Some(Err(error));
                 }
                 if !state.has_ring_room(payload_bytes, watermark) {
+                    if !is_counted {
+                        is_counted = true;
+                        state.space_waiters += 1;
+                    }
                     if let Some(sequence) = state.release_waits_for().filter(|&wanted| Some(wanted) != unstatable) {
                         return Some(Ok(Next::State(sequence)));
                     }
@@ -170,7 +176,9 @@ impl Inner {
                 },
             }
         };
-        self.state.lock().space_waiters -= 1;
+        if is_counted {
+            self.state.lock().space_waiters -= 1;
+        }
         outcome
     }
 
