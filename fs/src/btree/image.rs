@@ -23,7 +23,6 @@ pub(super) struct Expected {
 /// A verified image, clipped to the expected range.
 #[derive(Debug)]
 pub(super) struct Image {
-    pub header: NodeHeader,
     pub run: Run,
     /// Newest journal sequence of its keys.
     pub newest: JournalSequence,
@@ -183,7 +182,7 @@ pub(super) fn decode(
         return bad("its first child does not start where it starts".into());
     }
     run.shrink();
-    Ok(Image { header, run, newest })
+    Ok(Image { run, newest })
 }
 
 /// Checks that what a pointer says can be true on a device of this size, before anything is read by it.

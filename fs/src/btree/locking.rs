@@ -226,7 +226,11 @@ impl Forest {
         value: Option<Value>,
         sequence: JournalSequence,
     ) {
+        let deleted = value.is_none();
         let effect = content.put(position, value, sequence);
+        if deleted {
+            self.note_small(node, content);
+        }
         self.cache.charge(node, effect.memory_delta);
         if effect.became_dirty {
             self.list_dirty(node);
@@ -244,6 +248,9 @@ impl Forest {
         value: Option<Value>,
         sequence: JournalSequence,
     ) -> Result<()> {
+        if btree == BtreeId::Buckets {
+            self.replay_bucket(position, value.as_deref())?;
+        }
         let bytes = crate::format::key::packed_bytes(value.as_deref());
         loop {
             let mut leaves = self.lock_leaves(&mut vec![LeafTarget { btree, position, write: true }])?;

@@ -13,18 +13,24 @@
 //! nodes, a shard of the cache, the loading set, the node space. The last four are leaves: nothing is locked under them. No lock
 //! is held over I/O or while waiting.
 
+mod area;
 mod cache;
+mod checkpoint;
 mod descent;
 mod image;
 mod locking;
+mod merge;
 mod node;
+mod node_space;
 mod reader;
 mod run;
 mod structure;
 #[cfg(test)]
 mod tests;
+mod walk;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::OnceLock;
 
 use crate::device::BlockDevice;
 use crate::env::{Env, Event};
@@ -40,12 +46,16 @@ use crate::sync::{Arc, Mutex, RwLock};
 use crate::units::JournalSequence;
 use crate::units::NodeId;
 
+pub use checkpoint::{CheckpointLog, CheckpointOutcome, CheckpointReason, LogBoundary, NodeBuckets};
 pub use locking::LockedLeaves;
 pub use reader::NodeReader;
+pub use walk::{PublishedNode, walk_published};
 
 use cache::NodeCache;
+use checkpoint::Kept;
 use image::{Expected, LEVEL_MAX};
 use node::{Content, Limits, Node};
+use node_space::NodeSpace;
 
 /// What a forest needs to know.
 #[derive(Clone, Debug)]
@@ -123,7 +133,6 @@ struct DirtyNodes {
 }
 
 /// All trees of a filesystem. See the module's documentation.
-#[derive(Debug)]
 pub struct Forest {
     reader: NodeReader,
     env: Arc<Env>,
@@ -142,10 +151,23 @@ pub struct Forest {
     /// Shared by splits and merges; exclusively by a checkpoint that wants none for a moment.
     structure: RwLock<()>,
     next_node: AtomicU64,
+    epoch: u64,
+    space: Mutex<NodeSpace>,
+    node_buckets: OnceLock<Arc<dyn NodeBuckets>>,
+    /// Nodes that shrank and may be merged.
+    small_nodes: Mutex<BTreeSet<MergeCandidate>>,
+    kept: Mutex<Kept>,
     checkpoint_running: AtomicBool,
+    checkpoint_requested: AtomicBool,
+    checkpoints_done: AtomicU64,
+    /// Notified when a checkpoint ends or is asked for.
+    checkpoint_event: Event,
     /// The first failure after which nothing may be published any more.
     failure: Mutex<Option<String>>,
 }
+
+/// Level, tree and smallest position of a node.
+type MergeCandidate = (u8, BtreeId, Position);
 
 /// Bits of a node id below the epoch.
 const NODE_COUNTER_BITS: u32 = 40;
@@ -158,6 +180,16 @@ impl Forest {
     pub fn open(config: ForestConfig, opening: &Opening, env: Arc<Env>, metrics: Arc<Metrics>) -> Result<Arc<Self>> {
         let limits = Limits::new(&config.superblock.geometry);
         let reader = NodeReader::new(config.superblock, config.devices, Arc::clone(&metrics));
+        let map = reader.read_map(&opening.newest)?;
+        let mut space = NodeSpace::new(&reader.superblock);
+        for (page, entries) in map.iter().enumerate() {
+            space.load_newest(page, entries)?;
+        }
+        if let Some(previous) = &opening.previous {
+            for entries in reader.read_map(previous)? {
+                space.load_previous(&entries);
+            }
+        }
         let mut forest = Self {
             reader,
             env,
@@ -173,7 +205,15 @@ impl Forest {
             loaded: Event::new(),
             structure: RwLock::new(()),
             next_node: AtomicU64::new(config.epoch << NODE_COUNTER_BITS | 1),
+            epoch: config.epoch,
+            space: Mutex::new(space),
+            node_buckets: OnceLock::new(),
+            small_nodes: Mutex::default(),
+            kept: Mutex::new(Kept::new(opening, map)),
             checkpoint_running: AtomicBool::new(false),
+            checkpoint_requested: AtomicBool::new(false),
+            checkpoints_done: AtomicU64::new(0),
+            checkpoint_event: Event::new(),
             failure: Mutex::new(None),
         };
         for btree in BtreeId::ALL {
@@ -210,6 +250,9 @@ impl Forest {
         let added = self.dirty.lock().nodes.insert((node.level, node.btree, node.id), Arc::clone(node)).is_none();
         if added {
             self.dirty_count.fetch_add(1, Ordering::Relaxed);
+            if self.dirty_bytes() > self.dirty_bytes_max / 2 {
+                self.request_checkpoint();
+            }
         }
     }
 
@@ -229,17 +272,6 @@ impl Forest {
     #[must_use]
     pub fn leaf_bytes_max(&self) -> usize {
         self.limits.capacity_bytes / 4
-    }
-
-    /// Waits, if too many nodes are dirty, until a checkpoint has cleaned some. Call it before a commit, with no locks held.
-    ///
-    /// # Errors
-    /// [`Error::Latched`] if checkpoints have failed.
-    pub fn wait_for_dirty_room(&self) -> Result<()> {
-        match &*self.failure.lock() {
-            Some(reason) => Err(Error::Latched { reason: reason.clone() }),
-            None => Ok(()),
-        }
     }
 
     /// Notes a failure after which no checkpoint may be published.

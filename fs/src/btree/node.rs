@@ -92,6 +92,8 @@ pub(super) struct Content {
     pub rewrite: bool,
     /// In the list of dirty nodes.
     pub dirty: bool,
+    /// In the list of small nodes.
+    pub merge_noted: bool,
     /// Oldest sequence of `recent`; meaningful while dirty.
     pub oldest: JournalSequence,
     /// Newest sequence of the content, as far as known since it was read.
@@ -141,6 +143,7 @@ impl Content {
             image: None,
             rewrite: false,
             dirty: false,
+            merge_noted: false,
             oldest: JournalSequence(0),
             newest: JournalSequence(0),
             unimaged: Default::default(),
@@ -350,11 +353,6 @@ impl Content {
         }
         run.shrink();
         run
-    }
-
-    /// Values of interior nodes, decoded.
-    pub fn children(&self) -> impl Iterator<Item = (Position, Option<NodePointer>)> {
-        self.all().map(|(position, value)| (position, NodePointer::decode(value.bytes()).ok()))
     }
 }
 

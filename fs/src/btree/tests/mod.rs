@@ -1,6 +1,8 @@
 //! Tests of the trees, against a plain `BTreeMap`.
 
+mod disk;
 mod memory;
+mod world;
 
 use super::*;
 use crate::format::superblock::{BucketRange, Defaults, ErrorCounts, Geometry, Layout, Member, VERSION};

@@ -1,0 +1,202 @@
+//! The checkpoint area: reading and writing records and map pages, and choosing the checkpoint to open.
+//!
+//! Every copy of the area holds the same: [`RECORD_SLOTS`] slots for records, then places for map pages. Record `n` lies in slot
+//! `n % RECORD_SLOTS`, so the newest and the one before are never overwritten; map pages go to places that neither of them uses.
+
+use std::collections::BTreeSet;
+
+use super::Opening;
+use super::image::{Expected, LEVEL_MAX};
+use super::reader::NodeReader;
+use crate::device::{BlockDevice, WriteRequest};
+use crate::error::{Corruption, Error, Result};
+use crate::format::checkpoint::{
+    Checkpoint, MAP_PAGE_BYTES, MapEntry, MapPageReference, RECORD_SLOT_BYTES, RECORD_SLOTS, decode_map_page,
+    encode_map_page,
+};
+use crate::format::node::NodePointer;
+use crate::format::superblock::BucketRange;
+use crate::format::{BtreeId, Position};
+use crate::sync::Arc;
+use crate::units::DeviceIndex;
+
+/// Bytes from the start of a copy to the first map page.
+const MAP_START: u64 = RECORD_SLOTS * RECORD_SLOT_BYTES as u64;
+
+impl NodeReader {
+    fn area_copies(&self) -> impl Iterator<Item = (DeviceIndex, u64)> {
+        let bucket_bytes = u64::from(self.superblock.geometry.bucket_bytes);
+        let start = move |range: &BucketRange| (DeviceIndex(range.device), range.first * bucket_bytes);
+        self.superblock.layout.checkpoints.iter().map(start)
+    }
+
+    /// Number of places for map pages.
+    pub(super) fn map_places(&self) -> u32 {
+        let count = self.superblock.layout.checkpoints.first().map_or(0, |range| range.count);
+        let bytes = count * u64::from(self.superblock.geometry.bucket_bytes);
+        u32::try_from(bytes.saturating_sub(MAP_START) / MAP_PAGE_BYTES as u64).unwrap_or(u32::MAX)
+    }
+
+    fn area_device(&self, device: DeviceIndex) -> Result<&Arc<dyn BlockDevice>> {
+        let missing = || Error::corrupt("superblock", format!("its checkpoint area is on missing device {device}"));
+        self.devices.get(usize::from(device.0)).ok_or_else(missing)
+    }
+
+    /// Valid records in all slots of all copies, newest first, each once.
+    fn records(&self) -> Vec<Checkpoint> {
+        let mut records: Vec<Checkpoint> = Vec::new();
+        let mut buffer = vec![0; RECORD_SLOT_BYTES];
+        for (device, start) in self.area_copies() {
+            for slot in 0..RECORD_SLOTS {
+                let offset = start + slot * RECORD_SLOT_BYTES as u64;
+                let read = self.area_device(device).and_then(|device| device.read(offset, &mut buffer));
+                let decoded = read.and_then(|()| Ok(Checkpoint::decode(self.superblock.filesystem, &buffer)?));
+                match decoded {
+                    Ok(record) if record.number % RECORD_SLOTS == slot => {
+                        if !records.iter().any(|known| known.number == record.number) {
+                            records.push(record);
+                        }
+                    }
+                    Ok(record) => tracing::warn!("checkpoint record {} lies in slot {slot}", record.number),
+                    // Slots that were never written are the rule in a young filesystem.
+                    Err(error) => tracing::debug!("checkpoint record slot {slot} of device {device}: {error}"),
+                }
+            }
+        }
+        records.sort_by_key(|record| std::cmp::Reverse(record.number));
+        records
+    }
+
+    /// Reads a page of a checkpoint's map.
+    fn map_page(&self, index: usize, reference: MapPageReference) -> Result<Vec<MapEntry>> {
+        let page = u32::try_from(index).unwrap_or(u32::MAX);
+        let mut last_error = Error::corrupt(format!("node-space map page {page}"), "it has no copies");
+        if reference.place >= self.map_places() {
+            return Err(Error::corrupt(format!("node-space map page {page}"), format!("place {}", reference.place)));
+        }
+        for (device, start) in self.area_copies() {
+            let offset = start + MAP_START + u64::from(reference.place) * MAP_PAGE_BYTES as u64;
+            let mut buffer = vec![0; MAP_PAGE_BYTES];
+            let read = self.area_device(device).and_then(|device| device.read(offset, &mut buffer));
+            match read.and_then(|()| Ok(decode_map_page(self.superblock.filesystem, page, &buffer)?)) {
+                Ok((entries, checksum)) if checksum == reference.checksum => return Ok(entries),
+                Ok(_) => {
+                    let what = format!("node-space map page {page}");
+                    last_error = Corruption::new(what, "of another checkpoint").at(device, offset).into();
+                }
+                Err(error) => last_error = error,
+            }
+        }
+        Err(last_error)
+    }
+
+    /// All pages of a checkpoint's node-space map, by index.
+    ///
+    /// # Errors
+    /// If a page is bad in all copies.
+    pub fn read_map(&self, checkpoint: &Checkpoint) -> Result<Vec<Vec<MapEntry>>> {
+        checkpoint.map.iter().enumerate().map(|(index, &reference)| self.map_page(index, reference)).collect()
+    }
+
+    /// Whether the map and all roots of a checkpoint can be read.
+    fn verify(&self, checkpoint: &Checkpoint) -> Result<()> {
+        self.read_map(checkpoint)?;
+        for root in &checkpoint.roots {
+            let btree = BtreeId::from_stored(root.btree)?;
+            if root.level >= LEVEL_MAX {
+                return Err(Error::corrupt(
+                    format!("root of the {} tree", btree.name()),
+                    format!("level {}", root.level),
+                ));
+            }
+            let expected = Expected { btree, level: root.level, minimum: Position::MIN, limit: None };
+            self.read(&NodePointer::decode(&root.pointer)?, &expected)?;
+        }
+        Ok(())
+    }
+
+    /// Chooses the checkpoint to open: the newest whose record, map and roots can be read. With the journal from its F on, each
+    /// gives the same present state.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn choose_checkpoint(&self) -> Result<Opening> {
+        let records = self.records();
+        let highest = records.first().map_or(0, |record| record.number);
+        let mut problem = Error::corrupt("checkpoint area", "it holds no valid record");
+        for (index, record) in records.iter().enumerate() {
+            match self.verify(record) {
+                Ok(()) => {
+                    let previous = records.iter().skip(index + 1).find(|older| self.read_map(older).is_ok()).cloned();
+                    // The next record goes over one that cannot be used, not over one that is kept.
+                    let next_number = if index == 0 { highest + 1 } else { highest + RECORD_SLOTS };
+                    return Ok(Opening { newest: record.clone(), previous, next_number });
+                }
+                Err(error) => {
+                    tracing::warn!("checkpoint {} cannot be used: {error}", record.number);
+                    problem = error;
+                }
+            }
+        }
+        Err(problem)
+    }
+
+    /// Writes map pages that differ from what the newest checkpoint's references hold, and gives the references of the new map.
+    /// Durable after the next device flush.
+    pub(super) fn write_map(
+        &self,
+        pages: &[Vec<MapEntry>],
+        published: &[Vec<MapEntry>],
+        newest: &[MapPageReference],
+        previous: &[MapPageReference],
+    ) -> Result<Vec<MapPageReference>> {
+        let mut taken: BTreeSet<u32> = newest.iter().chain(previous).map(|reference| reference.place).collect();
+        let mut next_place = 0;
+        let mut references = Vec::with_capacity(pages.len());
+        let mut writes = Vec::new();
+        for (index, entries) in pages.iter().enumerate() {
+            if let (Some(reference), true) = (newest.get(index), published.get(index) == Some(entries)) {
+                references.push(*reference);
+                continue;
+            }
+            while taken.contains(&next_place) {
+                next_place += 1;
+            }
+            if next_place >= self.map_places() {
+                return Err(Error::NoSpace("the checkpoint area has no place for the node-space map"));
+            }
+            taken.insert(next_place);
+            let page = u32::try_from(index).unwrap_or(u32::MAX);
+            let (bytes, checksum) = encode_map_page(self.superblock.filesystem, page, entries);
+            references.push(MapPageReference { place: next_place, checksum });
+            writes.push((MAP_START + u64::from(next_place) * MAP_PAGE_BYTES as u64, bytes));
+        }
+        self.write_area(&writes)?;
+        Ok(references)
+    }
+
+    /// Writes a record to its slot. Durable after the next device flush.
+    pub(super) fn write_record(&self, checkpoint: &Checkpoint) -> Result<()> {
+        let mut bytes = checkpoint.encode(self.superblock.filesystem)?;
+        bytes.resize(bytes.len().next_multiple_of(4096), 0);
+        self.write_area(&[(checkpoint.number % RECORD_SLOTS * RECORD_SLOT_BYTES as u64, bytes)])
+    }
+
+    fn write_area(&self, writes: &[(u64, Vec<u8>)]) -> Result<()> {
+        for (device, start) in self.area_copies() {
+            let requests: Vec<WriteRequest<'_>> = writes
+                .iter()
+                .map(|(offset, bytes)| WriteRequest { offset: start + offset, data: vec![bytes.as_slice()] })
+                .collect();
+            if !requests.is_empty() {
+                self.area_device(device)?.write_batch(&requests)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Flushes all devices.
+    pub(super) fn flush(&self) -> Result<()> {
+        self.devices.iter().try_for_each(|device| device.flush())
+    }
+}

@@ -1,0 +1,309 @@
+//! Slots for nodes: which hold nodes of the newest checkpoint, of the one before, and of the one that is being made.
+//!
+//! A slot may be written as a whole only if none of the three uses it. What a checkpoint uses changes only by what its parents' new
+//! images say ([`SlotChanges`]), so the map that is stored equals what can be reached from the stored roots.
+//!
+//! No I/O, no locks of its own: [`super::Forest`] keeps it under a mutex that is a leaf of the lock order.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use smallvec::SmallVec;
+
+use crate::error::{Error, Result};
+use crate::format::checkpoint::{MAP_PAGE_ENTRIES, MapEntry};
+use crate::format::node::{NodeAddress, NodePointer};
+use crate::format::superblock::Superblock;
+use crate::units::{BucketIndex, DeviceIndex};
+
+/// How often each slot was added (+1) or dropped (-1) by what parents point to.
+#[derive(Clone, Debug, Default)]
+pub(super) struct SlotChanges(BTreeMap<NodeAddress, i64>);
+
+impl SlotChanges {
+    /// A parent's entry changes from `old` to `new`.
+    pub fn replace(&mut self, old: Option<&NodePointer>, new: Option<&NodePointer>) {
+        for (pointer, by) in [(old, -1), (new, 1)] {
+            for &copy in pointer.iter().flat_map(|pointer| &pointer.copies) {
+                *self.0.entry(copy).or_default() += by;
+            }
+        }
+    }
+
+    /// Adds up with other changes.
+    pub fn add(&mut self, other: &Self) {
+        for (&address, &by) in &other.0 {
+            *self.0.entry(address).or_default() += by;
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct BucketSlots {
+    /// Used by the newest checkpoint.
+    newest: u64,
+    /// Used by the one before.
+    previous: u64,
+    /// Allocated for the one that is being made.
+    pending: u64,
+    /// Page of the map that describes this bucket.
+    page: usize,
+}
+
+impl BucketSlots {
+    fn taken(&self) -> u64 {
+        self.newest | self.previous | self.pending
+    }
+}
+
+type BucketKey = (u8, u64);
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub(super) struct NodeSpace {
+    bucket_bytes: u64,
+    node_bytes: u64,
+    /// First bucket of each device's upper half.
+    halves: Vec<u64>,
+    buckets: BTreeMap<BucketKey, BucketSlots>,
+    /// Those with a free slot.
+    with_free: BTreeSet<BucketKey>,
+    /// Number of buckets on each page of the map.
+    page_fill: Vec<usize>,
+}
+
+impl NodeSpace {
+    pub fn new(superblock: &Superblock) -> Self {
+        Self {
+            bucket_bytes: u64::from(superblock.geometry.bucket_bytes),
+            node_bytes: u64::from(superblock.geometry.node_bytes),
+            halves: superblock.members.iter().map(|member| member.bucket_count / 2).collect(),
+            buckets: BTreeMap::new(),
+            with_free: BTreeSet::new(),
+            page_fill: Vec::new(),
+        }
+    }
+
+    fn slots_per_bucket(&self) -> u32 {
+        // At most 64: the superblock was validated.
+        u32::try_from(self.bucket_bytes / self.node_bytes).unwrap_or(64).min(64)
+    }
+
+    fn mask(&self) -> u64 {
+        u64::MAX >> (64 - self.slots_per_bucket().max(1))
+    }
+
+    fn locate(&self, address: NodeAddress) -> (BucketKey, u64) {
+        let key = (address.device.0, address.offset / self.bucket_bytes);
+        (key, 1 << (address.offset % self.bucket_bytes / self.node_bytes))
+    }
+
+    fn refresh(&mut self, key: BucketKey) {
+        let mask = self.mask();
+        if self.buckets.get(&key).is_some_and(|slots| slots.taken() & mask != mask) {
+            self.with_free.insert(key);
+        } else {
+            self.with_free.remove(&key);
+        }
+    }
+
+    fn insert(&mut self, key: BucketKey, page: Option<usize>, change: impl FnOnce(&mut BucketSlots)) {
+        if !self.buckets.contains_key(&key) {
+            let page = page.unwrap_or_else(|| {
+                let roomy = self.page_fill.iter().position(|&fill| fill < MAP_PAGE_ENTRIES);
+                roomy.unwrap_or(self.page_fill.len())
+            });
+            if self.page_fill.len() <= page {
+                self.page_fill.resize(page + 1, 0);
+            }
+            if let Some(fill) = self.page_fill.get_mut(page) {
+                *fill += 1;
+            }
+            self.buckets.insert(key, BucketSlots { page, ..BucketSlots::default() });
+        }
+        if let Some(slots) = self.buckets.get_mut(&key) {
+            change(slots);
+        }
+        self.refresh(key);
+    }
+
+    /// Takes over what a page of the newest checkpoint's map says.
+    ///
+    /// # Errors
+    /// If it uses slots that cannot be.
+    pub fn load_newest(&mut self, page: usize, entries: &[MapEntry]) -> Result<()> {
+        for entry in entries {
+            let device = usize::from(entry.device);
+            if entry.used & !self.mask() != 0 || self.halves.get(device).is_none_or(|half| entry.bucket > half * 2 + 1)
+            {
+                let problem = format!("bucket {} of device {}: slots {:#x}", entry.bucket, entry.device, entry.used);
+                return Err(Error::corrupt("node-space map", problem));
+            }
+            self.insert((entry.device, entry.bucket), Some(page), |slots| slots.newest = entry.used);
+        }
+        Ok(())
+    }
+
+    /// Takes over what the map of the checkpoint before says.
+    pub fn load_previous(&mut self, entries: &[MapEntry]) {
+        for entry in entries {
+            // A bucket that only the older one knows was given back since: it is not ours to write.
+            let key = (entry.device, entry.bucket);
+            if let Some(slots) = self.buckets.get_mut(&key) {
+                slots.previous = entry.used;
+                self.refresh(key);
+            }
+        }
+    }
+
+    /// Adds a bucket that was given to nodes. Nothing if it is known.
+    pub fn add_bucket(&mut self, device: DeviceIndex, bucket: BucketIndex) {
+        self.insert((device.0, bucket.0), None, |_| ());
+    }
+
+    /// Forgets a bucket that was given back.
+    ///
+    /// # Errors
+    /// If the newest checkpoint has nodes in it.
+    pub fn forget_bucket(&mut self, device: DeviceIndex, bucket: BucketIndex) -> Result<()> {
+        let key = (device.0, bucket.0);
+        match self.buckets.get(&key) {
+            None => Ok(()),
+            Some(slots) if slots.newest | slots.pending != 0 => {
+                let problem = format!("bucket {bucket} of device {device} was given back with nodes in it");
+                Err(Error::corrupt("node-space map", problem))
+            }
+            Some(slots) => {
+                if let Some(fill) = self.page_fill.get_mut(slots.page) {
+                    *fill = fill.saturating_sub(1);
+                }
+                self.buckets.remove(&key);
+                self.with_free.remove(&key);
+                Ok(())
+            }
+        }
+    }
+
+    /// Slots that may be written as a whole.
+    pub fn free_slots(&self) -> usize {
+        let mask = self.mask();
+        let free = |key: &BucketKey| self.buckets.get(key).map_or(0, |slots| (!slots.taken() & mask).count_ones());
+        self.with_free.iter().map(|key| free(key) as usize).sum()
+    }
+
+    /// Slots that nodes of the newest checkpoint take.
+    pub fn used_slots(&self) -> usize {
+        self.buckets.values().map(|slots| slots.newest.count_ones() as usize).sum()
+    }
+
+    /// Slots of a bucket.
+    pub fn bucket_slots(&self) -> usize {
+        self.slots_per_bucket() as usize
+    }
+
+    fn half(&self, key: BucketKey) -> bool {
+        self.halves.get(usize::from(key.0)).is_some_and(|&half| key.1 >= half)
+    }
+
+    /// The first bucket with a free slot for which `suits`. Lower buckets fill first, so that upper ones empty.
+    fn first_free(&self, suits: impl Fn(BucketKey) -> bool) -> Option<BucketKey> {
+        self.with_free.iter().copied().find(|&key| suits(key))
+    }
+
+    /// Takes slots for the copies of one node: on different devices where there are several, else in different halves of the device,
+    /// at least in different buckets. `None` if there are not enough.
+    pub fn allocate(&mut self, copies: usize) -> Option<SmallVec<[NodeAddress; 2]>> {
+        let mut keys: SmallVec<[BucketKey; 4]> = SmallVec::new();
+        for copy in 0..copies {
+            let fresh = |key: BucketKey| !keys.contains(&key);
+            let other_device = |key: BucketKey| keys.iter().all(|taken| taken.0 != key.0);
+            let mut found = None;
+            if copy > 0 && self.halves.len() > 1 {
+                found = self.first_free(|key| fresh(key) && other_device(key));
+            }
+            let wanted_half = copy % 2 == 1;
+            found = found
+                .or_else(|| self.first_free(|key| fresh(key) && self.half(key) == wanted_half))
+                .or_else(|| self.first_free(fresh));
+            keys.push(found?);
+        }
+        let mask = self.mask();
+        let mut addresses = SmallVec::new();
+        for key in keys {
+            let slots = self.buckets.get_mut(&key)?;
+            let slot = (!slots.taken() & mask).trailing_zeros();
+            slots.pending |= 1 << slot;
+            let offset = key.1 * self.bucket_bytes + u64::from(slot) * self.node_bytes;
+            addresses.push(NodeAddress { device: DeviceIndex(key.0), offset });
+            self.refresh(key);
+        }
+        Some(addresses)
+    }
+
+    /// The map that a checkpoint with these changes stores: its pages, by index.
+    ///
+    /// # Errors
+    /// [`Error::Bug`] if a slot would be used twice or dropped without having been used.
+    pub fn pages(&self, changes: &SlotChanges) -> Result<Vec<Vec<MapEntry>>> {
+        let mut newest: BTreeMap<BucketKey, u64> =
+            self.buckets.iter().map(|(key, slots)| (*key, slots.newest)).collect();
+        for (&address, &by) in &changes.0 {
+            let (key, bit) = self.locate(address);
+            let used = newest.get_mut(&key).ok_or_else(|| Error::Bug(format!("a node in a foreign bucket {key:?}")))?;
+            match (by, *used & bit != 0) {
+                (0, _) => {}
+                (1, false) => *used |= bit,
+                (-1, true) => *used &= !bit,
+                (by, was) => {
+                    return Err(Error::Bug(format!("slot {address:?} changes by {by}, and was used: {was}")));
+                }
+            }
+        }
+        let mut pages = vec![Vec::new(); self.page_fill.len()];
+        for (key, used) in newest {
+            let page = self.buckets.get(&key).map_or(0, |slots| slots.page);
+            if let Some(entries) = pages.get_mut(page) {
+                entries.push(MapEntry { device: key.0, bucket: key.1, used });
+            }
+        }
+        Ok(pages)
+    }
+
+    /// The checkpoint with these pages is durable: what only the one before the previous used is free.
+    pub fn publish(&mut self, pages: &[Vec<MapEntry>]) {
+        for slots in self.buckets.values_mut() {
+            slots.previous = slots.newest;
+            slots.pending = 0;
+        }
+        for entry in pages.iter().flatten() {
+            if let Some(slots) = self.buckets.get_mut(&(entry.device, entry.bucket)) {
+                slots.newest = entry.used;
+            }
+        }
+        let keys: Vec<BucketKey> = self.buckets.keys().copied().collect();
+        for key in keys {
+            self.refresh(key);
+        }
+    }
+
+    /// Buckets that no kept checkpoint uses, the uppermost first, of which giving back `count` leaves at least `keep_slots` slots.
+    pub fn surplus(&self, keep_slots: usize, count: usize) -> Vec<(DeviceIndex, BucketIndex)> {
+        let spare = self.free_slots().saturating_sub(keep_slots) / self.bucket_slots().max(1);
+        let empty = self.buckets.iter().rev().filter(|(_, slots)| slots.taken() == 0);
+        empty.map(|(&(device, bucket), _)| (DeviceIndex(device), BucketIndex(bucket))).take(spare.min(count)).collect()
+    }
+
+    /// Slots that the newest checkpoint uses, for comparing with what can be reached.
+    #[cfg(test)]
+    pub fn used_by_newest(&self) -> BTreeSet<NodeAddress> {
+        let mut used = BTreeSet::new();
+        for (key, slots) in &self.buckets {
+            for slot in 0..self.slots_per_bucket() {
+                if slots.newest & 1 << slot != 0 {
+                    let offset = key.1 * self.bucket_bytes + u64::from(slot) * self.node_bytes;
+                    used.insert(NodeAddress { device: DeviceIndex(key.0), offset });
+                }
+            }
+        }
+        used
+    }
+}
