@@ -14,20 +14,24 @@
 //! is held over I/O or while waiting.
 
 mod area;
+mod buckets;
 mod cache;
 mod checkpoint;
 mod descent;
 mod image;
 mod locking;
+mod log;
 mod merge;
 mod node;
 mod node_space;
 mod reader;
 mod run;
+mod serialise;
 mod structure;
 #[cfg(test)]
 mod tests;
 mod walk;
+mod worker;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::OnceLock;
@@ -46,8 +50,10 @@ use crate::sync::{Arc, Mutex, RwLock};
 use crate::units::JournalSequence;
 use crate::units::NodeId;
 
-pub use checkpoint::{CheckpointLog, CheckpointOutcome, CheckpointReason, LogBoundary, NodeBuckets};
+pub use buckets::NodeBuckets;
+pub use checkpoint::{CheckpointOutcome, CheckpointReason};
 pub use locking::LockedLeaves;
+pub use log::{CheckpointLog, LogBoundary};
 pub use reader::NodeReader;
 pub use walk::{PublishedNode, walk_published};
 

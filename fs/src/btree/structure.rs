@@ -61,10 +61,8 @@ impl Forest {
     /// Where to split a node that lacks room for `bytes` at `position`.
     fn choose_split(&self, content: &Content, position: Position, bytes: usize) -> Result<Position> {
         let nearly_empty = content.level == 0 && content.live_bytes <= self.limits.capacity_bytes / 4;
-        if !nearly_empty {
-            if let Some(at) = content.split_position(position) {
-                return Ok(at);
-            }
+        if !nearly_empty && let Some(at) = content.split_position(position) {
+            return Ok(at);
         }
         // Much is coming into a leaf that has little: what comes before `position` goes to one side, the rest to the other.
         if content.level == 0 && content.minimum < position {

@@ -1,7 +1,6 @@
 //! Trees on a device, with a journal that is a list in memory and buckets that are handed out in order.
 
 use super::*;
-use crate::btree::checkpoint::{CheckpointLog, CheckpointOutcome, CheckpointReason, LogBoundary, NodeBuckets};
 use crate::format::space::{Bucket, BucketState};
 use crate::sync::atomic::AtomicBool;
 use crate::units::{BucketIndex, DeviceIndex};
@@ -55,6 +54,10 @@ impl CheckpointLog for FakeLog {
     fn fill_permille(&self) -> u32 {
         0
     }
+    fn unreflected_permille(&self) -> u32 {
+        0
+    }
+    fn on_pressure(&self, _: Box<dyn Fn() + Send + Sync>) {}
 }
 
 /// Hands out buckets, each claim a transaction in the buckets tree.

@@ -1,0 +1,109 @@
+//! Buckets for nodes: where they come from, claiming enough of them before a checkpoint, giving back what is left over.
+//!
+//! No lock is held while a claim or a release runs its transaction.
+
+use super::Forest;
+use super::log::CheckpointLog;
+use super::node::Node;
+use crate::error::{Error, Result};
+use crate::format::Position;
+use crate::sync::Arc;
+use crate::units::{BucketIndex, DeviceIndex, JournalSequence};
+
+/// Where buckets for nodes come from. The calls run a journalled transaction each, and hold no node lock when they are made.
+pub trait NodeBuckets: Send + Sync {
+    /// Gives `count` free buckets to nodes; more or fewer than asked, but not none. Must not wait for a checkpoint.
+    ///
+    /// # Errors
+    /// If there are none.
+    fn claim(&self, count: usize) -> Result<Vec<(DeviceIndex, BucketIndex)>>;
+    /// Takes a bucket back that no kept checkpoint uses.
+    ///
+    /// # Errors
+    /// If the transaction fails.
+    fn release(&self, device: DeviceIndex, bucket: BucketIndex) -> Result<JournalSequence>;
+}
+
+impl Forest {
+    /// Gives the forest its source of buckets. Without one it can only use what it has.
+    pub fn set_node_buckets(&self, node_buckets: Arc<dyn NodeBuckets>) {
+        let _ = self.node_buckets.set(node_buckets);
+    }
+
+    /// Slots that a checkpoint would take now: full images of dirty nodes, and some for their parents.
+    pub(super) fn estimate_slots(&self) -> usize {
+        let dirty: Vec<Arc<Node>> = self.dirty.lock().nodes.values().cloned().collect();
+        let mut full = 0;
+        for node in &dirty {
+            let content = node.content.read();
+            let appends = content
+                .image
+                .as_ref()
+                .is_some_and(|image| !content.rewrite && self.append_fits(image, content.recent_bytes));
+            full += usize::from(!appends);
+        }
+        (full + full / 8 + 16) * self.limits.copies
+    }
+
+    /// Makes sure of `slots` free slots if buckets can be had. Returns up to where the journal must be durable for what was claimed.
+    pub(super) fn ensure_slots(&self, slots: usize, log: &dyn CheckpointLog) -> Result<JournalSequence> {
+        let mut claimed = JournalSequence(0);
+        loop {
+            let (free, bucket_slots) = {
+                let space = self.space.lock();
+                (space.free_slots(), space.bucket_slots())
+            };
+            if free >= slots {
+                return Ok(claimed);
+            }
+            let Some(node_buckets) = self.node_buckets.get() else {
+                return Err(Error::NoSpace("there are no buckets for B-tree nodes"));
+            };
+            let count = (slots - free).div_ceil(bucket_slots.max(1)).max(self.limits.copies);
+            let buckets = node_buckets.claim(count)?;
+            if buckets.is_empty() {
+                return Err(Error::NoSpace("no bucket can be given to B-tree nodes"));
+            }
+            claimed = log.newest();
+            let mut space = self.space.lock();
+            for (device, bucket) in buckets {
+                space.add_bucket(device, bucket);
+            }
+        }
+    }
+
+    /// Gives a few buckets back if many slots are free.
+    pub(super) fn give_back_surplus(&self, needed: usize) -> Result<()> {
+        let Some(node_buckets) = self.node_buckets.get() else { return Ok(()) };
+        let surplus = {
+            let space = self.space.lock();
+            let keep = needed * 2 + space.used_slots() / 2 + 4 * space.bucket_slots();
+            space.surplus(keep, 8)
+        };
+        for (device, bucket) in surplus {
+            self.space.lock().forget_bucket(device, bucket)?;
+            node_buckets.release(device, bucket)?;
+        }
+        Ok(())
+    }
+
+    /// The journal, replayed, says that a bucket is, or is no longer, for nodes.
+    pub(super) fn replay_bucket(&self, position: Position, value: Option<&[u8]>) -> Result<()> {
+        use crate::format::space::{Bucket, BucketState};
+        let device = u8::try_from(position.inode)
+            .map_err(|_| Error::corrupt("journal", format!("a bucket of device {}", position.inode)))?;
+        let (device, bucket) = (DeviceIndex(device), BucketIndex(position.offset));
+        let state = value.map(Bucket::decode).transpose()?.map_or(BucketState::Free, |bucket| bucket.state);
+        let mut space = self.space.lock();
+        if state == BucketState::Metadata {
+            let known = self.reader.superblock.members.get(usize::from(device.0));
+            if known.is_none_or(|member| bucket.0 >= member.bucket_count) {
+                return Err(Error::corrupt("journal", format!("bucket {bucket} of device {device} does not exist")));
+            }
+            space.add_bucket(device, bucket);
+            Ok(())
+        } else {
+            space.forget_bucket(device, bucket)
+        }
+    }
+}

@@ -1,0 +1,75 @@
+//! The worker that makes checkpoints.
+
+use std::time::Duration;
+
+use super::Forest;
+use super::checkpoint::CheckpointReason;
+use super::log::CheckpointLog;
+use crate::env::{Env, Event, Progress, Worker};
+use crate::error::Result;
+use crate::sync::atomic::Ordering;
+use crate::sync::{Arc, Mutex};
+
+impl Forest {
+    /// A worker that makes checkpoints: when asked, when the journal is 40% full, and every `interval`.
+    pub fn checkpoint_worker(self: &Arc<Self>, log: Arc<dyn CheckpointLog>, interval: Duration) -> Arc<dyn Worker> {
+        let forest = Arc::downgrade(self);
+        log.on_pressure(Box::new(move || {
+            if let Some(forest) = forest.upgrade() {
+                forest.request_checkpoint();
+            }
+        }));
+        let last = Mutex::new(self.env.monotonic());
+        Arc::new(CheckpointWorker { forest: Arc::clone(self), log, interval, last })
+    }
+}
+
+struct CheckpointWorker {
+    forest: Arc<Forest>,
+    log: Arc<dyn CheckpointLog>,
+    interval: Duration,
+    /// When the last one ended.
+    last: Mutex<Duration>,
+}
+
+/// How full the journal may get before a checkpoint starts.
+const JOURNAL_FILL_PERMILLE: u32 = 400;
+/// How often the journal's fill is looked at.
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
+
+impl CheckpointWorker {
+    /// Whether another checkpoint moves the older kept F, or begins to.
+    fn would_free_journal(&self) -> bool {
+        let kept = self.forest.kept.lock();
+        let older = kept.previous.as_ref().map_or(0, |previous| previous.first_replay);
+        self.log.unreflected_permille() > 0 || older < kept.newest.first_replay
+    }
+}
+
+impl Worker for CheckpointWorker {
+    fn name(&self) -> &'static str {
+        "checkpoint"
+    }
+
+    fn step(&self, _budget: u32) -> Result<Progress> {
+        let forest = &self.forest;
+        let env: &Env = &forest.env;
+        let idle = Progress::Idle(Some(POLL_INTERVAL.min(self.interval)));
+        let overdue = env.monotonic().saturating_sub(*self.last.lock()) >= self.interval;
+        let asked = forest.checkpoint_requested.load(Ordering::Relaxed)
+            || (self.log.fill_permille() >= JOURNAL_FILL_PERMILLE && self.would_free_journal());
+        let due = asked || (overdue && forest.dirty_count.load(Ordering::Relaxed) > 0);
+        if !due || !forest.try_begin() {
+            return Ok(idle);
+        }
+        let reason = if asked { CheckpointReason::Requested } else { CheckpointReason::Periodic };
+        let outcome = forest.run_checkpoint(&*self.log, reason);
+        *self.last.lock() = env.monotonic();
+        outcome?;
+        Ok(Progress::Worked)
+    }
+
+    fn event(&self) -> &Event {
+        &self.forest.checkpoint_event
+    }
+}
