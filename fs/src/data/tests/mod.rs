@@ -1,0 +1,284 @@
+//! Tests of file data over real trees, a real journal and a real allocator, on simulated devices.
+
+mod copygc;
+mod damage;
+mod cutting;
+mod model;
+mod ranges;
+
+use std::collections::BTreeMap;
+
+use super::*;
+use crate::btree::{Forest, ForestConfig, Opening};
+use crate::device::{DiscardMode, SimDevice, SimOptions};
+use crate::filesystem::format::{plan, test_geometry};
+use crate::format::extent::ExtentValue;
+use crate::format::namespace::{FileType, Snapshot};
+use crate::format::space::{Backpointer, Bucket, BucketState};
+use crate::format::{CompressionKind, Value};
+use crate::journal::{Journal, JournalConfig, JournalStart};
+use crate::sync::atomic::AtomicU64;
+use crate::transaction::CommitOptions;
+use crate::units::BucketIndex;
+use crate::workers::WorkerThreads;
+
+pub const BLOCK: u64 = 4096;
+
+/// All layers below, and file data over them. The journal is large enough for a test without checkpoints.
+pub struct Stack {
+    pub device: Arc<SimDevice>,
+    pub env: Arc<Env>,
+    pub metrics: Arc<Metrics>,
+    pub transactions: Arc<Transactions>,
+    pub space: Arc<Space>,
+    pub data: Arc<Data>,
+    workers: Option<WorkerThreads>,
+}
+
+impl Drop for Stack {
+    fn drop(&mut self) {
+        if let Some(workers) = self.workers.take() {
+            workers.stop();
+        }
+        self.env.unregister_all();
+    }
+}
+
+impl Stack {
+    pub fn new(options: DataOptions, seed: u64) -> Self {
+        Self::with(options, Env::simulated(seed), 64 << 20, 24 << 20)
+    }
+
+    pub fn with(options: DataOptions, env: Arc<Env>, size: u64, journal_bytes: u64) -> Self {
+        let metrics = Arc::new(Metrics::default());
+        let mut format = test_geometry();
+        format.journal_bytes = journal_bytes;
+        format.geometry.metadata_replicas = 1;
+        let superblock = Arc::new(plan(&format, size).unwrap());
+        // What is discarded becomes garbage, so that reading it shows.
+        let sim = SimOptions { discard_mode: DiscardMode::Garbage, ..SimOptions::default() };
+        let device = Arc::new(SimDevice::new(size, sim));
+        let devices: Vec<Arc<dyn BlockDevice>> = vec![device.clone()];
+        let config = ForestConfig {
+            superblock: Arc::clone(&superblock),
+            devices: devices.clone(),
+            cache_bytes: Arc::new(AtomicU64::new(256 << 20)),
+            dirty_bytes_max: 1 << 30,
+            epoch: 1,
+        };
+        let forest = Forest::open(config, &Opening::empty(), env.clone(), metrics.clone()).unwrap();
+        let config = JournalConfig {
+            filesystem: superblock.filesystem,
+            devices: devices.clone(),
+            copies: superblock.layout.journal.clone(),
+            bucket_bytes: superblock.geometry.bucket_bytes,
+            record_bytes_max: 256 << 10,
+            commit_interval: Some(std::time::Duration::from_secs(1)),
+        };
+        let journal = Journal::open(config, JournalStart::fresh(), env.clone(), metrics.clone()).unwrap();
+        let transactions = Transactions::new(forest, journal.clone(), env.clone(), metrics.clone());
+        let space = Space::open(
+            Arc::clone(&superblock),
+            devices.clone(),
+            transactions.clone(),
+            journal.clone(),
+            env.clone(),
+            metrics.clone(),
+        )
+        .unwrap();
+        transactions
+            .run(CommitOptions::default(), |transaction| {
+                let root = Snapshot { parent: 0, subvolume: 0 }.encode()?;
+                transaction.put(BtreeId::Snapshots, Position::new(0, u64::from(SnapshotId::ROOT.0), 0), root);
+                Ok(())
+            })
+            .unwrap();
+        let snapshots = Snapshots::load(&transactions).unwrap();
+        let data = Data::new(
+            &superblock,
+            devices,
+            transactions.clone(),
+            space.clone(),
+            snapshots,
+            env.clone(),
+            metrics.clone(),
+            options,
+        );
+        let mut workers = journal.workers();
+        workers.extend(space.workers());
+        workers.push(data.copygc_worker());
+        let on_failure: crate::workers::OnFailure = Arc::new(|name, error| panic!("worker {name} failed: {error}"));
+        let workers = WorkerThreads::start(&env, workers, &on_failure).unwrap();
+        Self { device, env, metrics, transactions, space, data, workers: Some(workers) }
+    }
+
+    pub fn create(&self, inode: u64) -> InodeNumber {
+        let number = InodeNumber(inode);
+        self.transactions
+            .run(CommitOptions::default(), |transaction| {
+                let stored = Inode { mode: FileType::Regular.mode_bits() | 0o644, link_count: 1, ..Inode::default() };
+                transaction.put(BtreeId::Inodes, Position::new(inode, 0, u32::MAX), stored.encode()?);
+                Ok(())
+            })
+            .unwrap();
+        number
+    }
+
+    pub fn stored(&self, inode: InodeNumber) -> Inode {
+        self.data.inode(&mut self.transactions.read(), inode).unwrap().unwrap()
+    }
+
+    /// Writes the blocks of `content` that `[from, to)` touches, as a page cache would. The content's length is the file's size.
+    pub fn write(&self, inode: InodeNumber, content: &[u8], from: u64, to: u64) -> Change {
+        let (start, end) = (from / BLOCK * BLOCK, to.next_multiple_of(BLOCK).min(content.len() as u64));
+        self.write_runs(inode, content, &[(start, end)])
+    }
+
+    pub fn write_runs(&self, inode: InodeNumber, content: &[u8], ranges: &[(u64, u64)]) -> Change {
+        let runs: Vec<WriteRun<'_>> = ranges
+            .iter()
+            .map(|&(start, end)| WriteRun {
+                offset: start,
+                // Folios of 16 KiB.
+                data: content[start as usize..end as usize].chunks(16 << 10).collect(),
+            })
+            .collect();
+        let bytes = ranges.iter().map(|(start, end)| (end - start).next_multiple_of(BLOCK)).sum();
+        let reservation = self.space.reserve(bytes).unwrap();
+        let size = content.len() as u64;
+        let commit = WriteCommit { size_limit: &|| size, update_inode: &|inode| inode.modification_time.seconds += 1 };
+        self.data.write(inode, &runs, reservation, commit).unwrap()
+    }
+
+    /// The bytes of `[start, end)`, whole blocks, with what could not be read.
+    pub fn try_read(&self, inode: InodeNumber, start: u64, end: u64) -> (Vec<u8>, Vec<BadRange>) {
+        let mut bytes = vec![0xEE; (end - start) as usize];
+        let mut bad = Vec::new();
+        let mut offset = start;
+        let mut pieces: Vec<ReadPiece<'_>> = bytes
+            .chunks_mut(5 * BLOCK as usize)
+            .map(|buffer| {
+                let piece = ReadPiece { offset, buffer };
+                offset += piece.buffer.len() as u64;
+                piece
+            })
+            .collect();
+        let mut landed = vec![0; pieces.len()];
+        self.data.read_detailed(inode, &mut pieces, &mut || {}, &mut |piece, more| {
+            landed[piece] += 1;
+            bad.extend(more);
+        });
+        assert!(landed.iter().all(|&count| count == 1), "each piece lands once: {landed:?}");
+        bad.sort_by_key(|bad| bad.start);
+        (bytes, bad)
+    }
+
+    pub fn read(&self, inode: InodeNumber, start: u64, end: u64) -> Vec<u8> {
+        let (bytes, bad) = self.try_read(inode, start, end);
+        assert!(bad.is_empty(), "{bad:?}");
+        bytes
+    }
+
+    pub fn keys(&self, btree: BtreeId) -> Vec<(Position, Value)> {
+        self.transactions.read().range(btree, Position::MIN, Position::MAX, usize::MAX).unwrap()
+    }
+
+    pub fn extents_of(&self, inode: InodeNumber) -> Vec<extents::Extent> {
+        let keys = self.keys(BtreeId::Extents).into_iter().filter(|(position, _)| position.inode == inode.0);
+        keys.map(|(position, value)| self.data.shape.decode(position, &value).unwrap()).collect()
+    }
+
+    /// Buckets that hold data, in the order of their numbers.
+    pub fn data_buckets(&self) -> Vec<BucketIndex> {
+        let keys = self.keys(BtreeId::Buckets).into_iter();
+        keys.filter(|(_, value)| Bucket::decode(value).unwrap().state == BucketState::Data)
+            .map(|(position, _)| BucketIndex(position.offset))
+            .collect()
+    }
+
+    /// The file is `content` and nothing else, and everything on disk agrees with everything else.
+    pub fn check(&self, files: &[(InodeNumber, &[u8])]) {
+        for (inode, content) in files {
+            let size = content.len() as u64;
+            let end = size.next_multiple_of(BLOCK) + 2 * BLOCK;
+            let bytes = self.read(*inode, 0, end);
+            let first_difference = bytes.iter().zip(content.iter()).position(|(found, expected)| found != expected);
+            assert_eq!(first_difference, None, "inode {inode}, size {size}");
+            let behind = bytes[content.len()..].iter().position(|&byte| byte != 0);
+            assert_eq!(behind, None, "inode {inode}: bytes behind the end at {size}");
+            assert_eq!(self.stored(*inode).size, size);
+        }
+        self.check_space(files);
+    }
+
+    fn check_space(&self, files: &[(InodeNumber, &[u8])]) {
+        let mut charged: BTreeMap<u64, u64> = BTreeMap::new();
+        let mut allocated: BTreeMap<u64, u64> = BTreeMap::new();
+        let mut backpointers: BTreeMap<Position, Backpointer> = BTreeMap::new();
+        let mut last: Option<(u64, u64)> = None;
+        for (position, value) in self.keys(BtreeId::Extents) {
+            let extent = self.data.shape.decode(position, &value).unwrap();
+            if let Some((inode, end)) = last
+                && inode == position.inode
+            {
+                assert!(extent.start() >= end, "extent {position} overlaps the one before");
+            }
+            last = Some((position.inode, extent.end));
+            *allocated.entry(position.inode).or_default() += extents::allocated_bytes(&extent.value);
+            if let ExtentValue::Data(data) = &extent.value {
+                for pointer in &data.pointers {
+                    let bucket = self.data.shape.bucket_of(pointer).0;
+                    *charged.entry(bucket).or_default() += u64::from(data.charged_bytes());
+                    let in_bucket = pointer.offset % u64::from(self.data.shape.bucket_bytes);
+                    let block = u64::from(data.frame_offset / self.data.shape.block_bytes);
+                    let at = Position::new(bucket, in_bucket << 32 | block, position.snapshot);
+                    let backpointer = Backpointer { btree: BtreeId::Extents, disk_bytes: data.disk_bytes, position };
+                    assert_eq!(backpointers.insert(at, backpointer), None, "two extents at {at}");
+                }
+            }
+        }
+        for (inode, _) in files {
+            assert_eq!(self.stored(*inode).allocated_bytes, allocated.get(&inode.0).copied().unwrap_or(0));
+        }
+        for (position, value) in self.keys(BtreeId::Buckets) {
+            let bucket = Bucket::decode(&value).unwrap();
+            let expected = charged.remove(&position.offset).unwrap_or(0);
+            assert_eq!(bucket.charged_bytes, expected, "bucket {}", position.offset);
+        }
+        assert!(charged.is_empty(), "extents in buckets without a key: {charged:?}");
+        for (position, value) in self.keys(BtreeId::Backpointers) {
+            let backpointer = Backpointer::decode(&value).unwrap();
+            assert_eq!(backpointers.remove(&position), Some(backpointer), "backpointer {position}");
+        }
+        assert!(backpointers.is_empty(), "extents without backpointers");
+    }
+}
+
+pub fn options(compression: Compression, checksum: ChecksumKind) -> DataOptions {
+    DataOptions { checksum, compression, ..DataOptions::default() }
+}
+
+pub fn plain() -> DataOptions {
+    options(Compression::NONE, ChecksumKind::Crc32c)
+}
+
+pub fn lz4() -> Compression {
+    Compression::new(CompressionKind::Lz4, 0).unwrap()
+}
+
+pub fn zstd() -> Compression {
+    Compression::new(CompressionKind::Zstd, 3).unwrap()
+}
+
+/// Bytes that do not compress, different for each `seed`.
+pub fn noise(length: usize, seed: u64) -> Vec<u8> {
+    use rand_xoshiro::rand_core::{Rng, SeedableRng};
+    let mut bytes = vec![0; length];
+    rand_xoshiro::Xoshiro256PlusPlus::seed_from_u64(seed).fill_bytes(&mut bytes);
+    bytes
+}
+
+/// Bytes that compress well, different for each `seed`.
+pub fn text(length: usize, seed: u64) -> Vec<u8> {
+    (0_u64..).flat_map(|line| format!("{seed}: line {line} of a text\n").into_bytes()).take(length).collect()
+}
