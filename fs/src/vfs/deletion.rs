@@ -1,0 +1,198 @@
+//! Deleting inodes that have no name: in bounded steps, by one worker.
+//!
+//! An inode gets here when it has lost its last name and nobody has it open or looked up any more; or at mount, when its orphan
+//! key is left from before. Its object has left the table then, and an inode without a name is never loaded again, so
+//! nobody else touches it. Until the last step the orphan key stays: a crash at any point is resumed by the next mount.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use super::Vfs;
+use super::inode::VfsInode;
+use crate::env::{Event, Progress, Worker};
+use crate::error::Result;
+use crate::pagecache::invalidate_range;
+use crate::sync::{Arc, Mutex};
+use crate::transaction::CommitOptions;
+use crate::units::InodeNumber;
+
+/// Orphan keys that are read at a time when leftovers are looked for.
+const SCAN_STEP: usize = 64;
+/// How long to wait for somebody else's writeback of the inode.
+const RETRY: Duration = Duration::from_millis(10);
+
+#[derive(Debug)]
+struct Deletion {
+    number: InodeNumber,
+    /// The object, if it was in memory: its pages go first.
+    inode: Option<Arc<VfsInode>>,
+    extents_are_gone: bool,
+}
+
+#[derive(Debug)]
+struct Queue {
+    waiting: VecDeque<Deletion>,
+    /// Where the search for leftovers goes on; `None` when it is done.
+    scan_from: Option<InodeNumber>,
+    /// A step is under way.
+    is_working: bool,
+}
+
+/// What is to be deleted.
+#[derive(Debug)]
+pub(super) struct Deletions {
+    queue: Mutex<Queue>,
+    event: Event,
+}
+
+impl Default for Deletions {
+    fn default() -> Self {
+        let queue = Queue { waiting: VecDeque::new(), scan_from: Some(InodeNumber(0)), is_working: false };
+        Self { queue: Mutex::new(queue), event: Event::new() }
+    }
+}
+
+impl Deletions {
+    fn push(&self, number: InodeNumber, inode: Option<Arc<VfsInode>>) {
+        let deletion = Deletion { number, inode, extents_are_gone: false };
+        self.queue.lock().waiting.push_back(deletion);
+        self.event.notify();
+    }
+
+    /// Number of inodes that wait for their deletion.
+    pub fn waiting(&self) -> usize {
+        self.queue.lock().waiting.len()
+    }
+}
+
+impl Vfs {
+    /// Gives an inode to the worker if it has no name and nobody uses it.
+    pub(super) fn reap_if_unused(&self, number: InodeNumber) {
+        if self.options.read_only {
+            return;
+        }
+        if let Some(inode) = self.table.take_unused_orphan(number) {
+            self.deletions.push(number, Some(inode));
+        }
+    }
+
+    /// Whether deletions are waiting, or leftovers of an earlier mount not yet looked for.
+    #[must_use]
+    pub fn has_deletions(&self) -> bool {
+        let queue = self.deletions.queue.lock();
+        !queue.waiting.is_empty() || queue.scan_from.is_some() || queue.is_working
+    }
+
+    /// Waits until everything that can be deleted is (tests, and callers who want exact figures of free space).
+    ///
+    /// # Errors
+    /// If the filesystem has latched.
+    pub fn wait_for_deletions(&self) -> Result<()> {
+        self.env.wait(&self.deletions.event, || {
+            if let Err(error) = self.check_writable() {
+                return Some(Err(error));
+            }
+            (!self.has_deletions()).then_some(Ok(()))
+        })?
+    }
+
+    fn scan_for_leftovers(&self, from: InodeNumber) -> Result<()> {
+        let found = self.namespace.orphans(&mut self.transactions.read(), from, SCAN_STEP)?;
+        for &number in &found {
+            // One that is in memory lost its name in this mount: it comes here by itself. So does one that waits already.
+            let is_waiting = self.deletions.queue.lock().waiting.iter().any(|deletion| deletion.number == number);
+            if !is_waiting && self.table.get(number).is_none() {
+                self.deletions.push(number, None);
+            }
+        }
+        let next = found.last().filter(|_| found.len() == SCAN_STEP).map(|last| InodeNumber(last.0 + 1));
+        self.deletions.queue.lock().scan_from = next;
+        Ok(())
+    }
+
+    /// One step of a deletion. Returns it if more is to be done.
+    fn delete_step(&self, mut deletion: Deletion, budget: u32) -> Result<(Option<Deletion>, Progress)> {
+        if let Some(inode) = &deletion.inode {
+            // Kept for ever: no writeback of this inode starts again.
+            let Some(turn) = inode.try_writeback_turn() else {
+                return Ok((Some(deletion), Progress::Idle(Some(RETRY))));
+            };
+            turn.keep();
+            if let Some(file) = &inode.file {
+                let guard = file.pages.block(0..u64::MAX)?;
+                // What was promised for them is given back with the object.
+                let _ = invalidate_range(&file.pages, &guard, 0..u64::MAX)?;
+            }
+            deletion.inode = None;
+            return Ok((Some(deletion), Progress::Worked));
+        }
+        if !deletion.extents_are_gone {
+            let more = self.data.delete_extents_step(deletion.number, 0, budget.max(1) as usize)?;
+            deletion.extents_are_gone = !more;
+            return Ok((Some(deletion), Progress::Worked));
+        }
+        let committed = self.transactions.run(CommitOptions::reclaim(), |transaction| {
+            self.namespace.delete_orphan_step(transaction, deletion.number)
+        })?;
+        Ok((committed.value.then_some(deletion), Progress::Worked))
+    }
+}
+
+/// The worker. See the module's documentation.
+#[derive(Debug)]
+pub struct DeletionWorker {
+    vfs: Arc<Vfs>,
+}
+
+impl DeletionWorker {
+    /// The worker of this filesystem.
+    #[must_use]
+    pub fn new(vfs: Arc<Vfs>) -> Self {
+        Self { vfs }
+    }
+}
+
+impl Worker for DeletionWorker {
+    fn name(&self) -> &'static str {
+        "deletion"
+    }
+
+    fn step(&self, budget: u32) -> Result<Progress> {
+        let vfs = &self.vfs;
+        if vfs.check_writable().is_err() {
+            vfs.deletions.event.notify();
+            return Ok(Progress::Idle(None));
+        }
+        let (deletion, scan_from) = {
+            let mut queue = vfs.deletions.queue.lock();
+            let deletion = queue.waiting.pop_front();
+            queue.is_working = true;
+            (deletion, queue.scan_from)
+        };
+        let outcome = match (deletion, scan_from) {
+            (Some(deletion), _) => vfs.delete_step(deletion, budget),
+            (None, Some(from)) => vfs.scan_for_leftovers(from).map(|()| (None, Progress::Worked)),
+            (None, None) => Ok((None, Progress::Idle(None))),
+        };
+        let mut queue = vfs.deletions.queue.lock();
+        queue.is_working = false;
+        let (unfinished, progress) = outcome?;
+        if let Some(deletion) = unfinished {
+            match progress {
+                // The same one next, or the others first while it waits.
+                Progress::Worked => queue.waiting.push_front(deletion),
+                Progress::Idle(_) => queue.waiting.push_back(deletion),
+            }
+        }
+        let is_done = queue.waiting.is_empty() && queue.scan_from.is_none();
+        drop(queue);
+        if is_done {
+            vfs.deletions.event.notify();
+        }
+        Ok(progress)
+    }
+
+    fn event(&self) -> &Event {
+        &self.vfs.deletions.event
+    }
+}

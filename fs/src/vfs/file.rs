@@ -1,0 +1,346 @@
+//! Open files: open, read, write, lseek, release.
+
+use rustix::io::Errno;
+
+use super::Vfs;
+use super::attributes::without_set_id;
+use super::handle::Handle;
+use super::inode::{FilePages, VfsInode};
+use super::source::FileSource;
+use super::types::{Caller, Opened, ReadRequest, Seek, WriteRequest};
+use crate::error::{Error, Result};
+use crate::format::namespace::FileType;
+use crate::namespace::{FLAG_APPEND, FLAG_IMMUTABLE, FLAG_SYNC};
+use crate::pagecache::{self, PageBatch, ReadContext, ReadSink, WriteContext};
+use crate::space::SpaceReservation;
+use crate::sync::{Arc, Mutex};
+use crate::transaction::CommitOptions;
+use crate::units::{InodeNumber, round_down, round_up};
+
+/// Largest size of a file in bytes: what an `off_t` holds.
+pub(super) const FILE_BYTES_MAX: u64 = i64::MAX as u64;
+
+const OPEN_ACCESS_MODE: i32 = 0o3;
+const OPEN_APPEND: i32 = 0o2000;
+
+/// Where a write goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum WriteAt {
+    Offset(u64),
+    End,
+}
+
+impl Vfs {
+    pub(super) fn new_file_pages(&self, number: InodeNumber) -> FilePages {
+        FilePages {
+            pages: self.cache.new_space(number.0),
+            source: Arc::new(FileSource { inode: number, data: Arc::clone(&self.data) }),
+            reserved: Mutex::new(self.space.reserve_privileged(0)),
+        }
+    }
+
+    fn file_handle(&self, node: u64, handle: u64) -> Result<Arc<Handle>> {
+        self.check_alive()?;
+        let handle = self.handles.get(handle)?;
+        if handle.inode.number.0 != node {
+            return Err(Errno::BADF.into());
+        }
+        Ok(handle)
+    }
+
+    /// The pages of an inode that must be a regular file.
+    pub(super) fn file_of(inode: &VfsInode) -> Result<&FilePages> {
+        inode.file.as_ref().ok_or_else(|| match inode.file_type {
+            FileType::Directory => Errno::ISDIR.into(),
+            _ => Errno::INVAL.into(),
+        })
+    }
+
+    /// Opens a file. `flags` are open(2)'s without O_CREAT, O_EXCL and O_TRUNC.
+    ///
+    /// # Errors
+    /// `EISDIR`; `EPERM` for writing to an immutable file, or other than at the end of an append-only one; `EROFS`.
+    pub fn open(&self, _caller: &Caller, node: u64, flags: i32) -> Result<Opened> {
+        let inode = self.inode(node)?;
+        if flags & OPEN_ACCESS_MODE != 0 {
+            if self.options.read_only {
+                return Err(Error::ReadOnly);
+            }
+            if inode.file_type == FileType::Directory {
+                return Err(Errno::ISDIR.into());
+            }
+            let stored = inode.state().inode.flags;
+            if stored & FLAG_IMMUTABLE != 0 || (stored & FLAG_APPEND != 0 && flags & OPEN_APPEND == 0) {
+                return Err(Errno::PERM.into());
+            }
+        }
+        Ok(Opened { handle: self.handles.open(inode, flags) })
+    }
+
+    /// The last descriptor and mapping of the handle are gone.
+    ///
+    /// # Errors
+    /// `EBADF`.
+    pub fn release(&self, _node: u64, handle: u64) -> Result<()> {
+        let handle = self.handles.close(handle)?;
+        if handle.inode.closed() {
+            self.reap_if_unused(handle.inode.number);
+        }
+        Ok(())
+    }
+
+    /// A descriptor of the handle is closed: reports errors of delayed writes that it has not reported yet.
+    ///
+    /// # Errors
+    /// Those errors.
+    pub fn flush(&self, _caller: &Caller, node: u64, handle: u64) -> Result<()> {
+        self.file_handle(node, handle)?.check_late_errors()
+    }
+
+    /// Target of a symbolic link.
+    ///
+    /// # Errors
+    /// `EINVAL` if it is none.
+    pub fn readlink(&self, _caller: &Caller, node: u64) -> Result<Vec<u8>> {
+        let inode = self.inode(node)?;
+        let target = self.namespace.symlink_target(&mut self.transactions.read(), inode.number)?;
+        self.touch_access(&inode, 0);
+        Ok(target)
+    }
+
+    /// Reads: references to the cache's own pages, up to the end of the file, or an error; never a shorter prefix.
+    ///
+    /// # Errors
+    /// `EIO` for damaged blocks.
+    pub fn read(&self, _caller: &Caller, request: &ReadRequest) -> Result<PageBatch> {
+        let handle = self.file_handle(request.node, request.handle)?;
+        let length = u64::from(request.length_bytes);
+        // A truncation during the read may have taken the end away after it was looked at: zeros from behind it are not answered.
+        for _ in 0..super::RETRIES {
+            let mut batch = PageBatch::new();
+            let size = handle.inode.size();
+            let bytes = self.read_into(&handle, request.offset, length, size, &mut batch)?;
+            if handle.inode.size() >= request.offset.saturating_add(bytes).min(size) {
+                return Ok(batch);
+            }
+        }
+        Err(Error::Posix(Errno::IO))
+    }
+
+    /// Gives what lies below `size` of the range to `sink`; returns how many bytes that were.
+    pub(super) fn read_into(
+        &self,
+        handle: &Handle,
+        offset: u64,
+        length: u64,
+        size: u64,
+        sink: &mut dyn ReadSink,
+    ) -> Result<u64> {
+        let file = Self::file_of(&handle.inode)?;
+        let length = size.saturating_sub(offset).min(length);
+        if length == 0 {
+            return Ok(0);
+        }
+        let context = ReadContext {
+            space: &file.pages,
+            source: &file.source,
+            readahead: Some(&handle.readahead),
+            end_of_file: size,
+        };
+        let bytes = pagecache::read_iter(&context, offset, length, sink).into_result()?;
+        self.touch_access(&handle.inode, handle.flags);
+        Ok(bytes)
+    }
+
+    /// Promises space for `bytes` at `offset`. Space that fallocate holds there is used where no other is left.
+    fn reserve_for_write(&self, inode: &VfsInode, at: WriteAt, length: u64) -> Result<SpaceReservation> {
+        let block = u64::from(self.superblock.geometry.block_bytes);
+        let bytes = match at {
+            WriteAt::Offset(offset) => round_up(offset + length, block) - round_down(offset, block),
+            WriteAt::End => round_up(length, block) + block,
+        };
+        match self.space.reserve(bytes) {
+            Err(Error::NoSpace(reason)) => {
+                let WriteAt::Offset(offset) = at else { return Err(Error::NoSpace(reason)) };
+                let start = round_down(offset, block);
+                let held = self.data.unwritten_bytes(inode.number, start, start + bytes)?;
+                let dirty = Self::file_of(inode)?.pages.unwritten_ranges(&(start..start + bytes));
+                let promised: u64 = dirty.iter().map(|range| range.end - range.start).sum();
+                // Blocks that are dirty already have their promise; the outcome gives back what is not needed.
+                let covered = (held + promised).min(bytes);
+                if covered == 0 {
+                    return Err(Error::NoSpace(reason));
+                }
+                let mut reservation = self.space.reserve(bytes - covered)?;
+                reservation.merge(self.space.reserve_privileged(covered));
+                Ok(reservation)
+            }
+            other => other,
+        }
+    }
+
+    /// Writes; returns how many bytes.
+    ///
+    /// # Errors
+    /// `ENOSPC`, `EFBIG`, `EPERM`; `EIO` where the rest of a partly written block cannot be read.
+    pub fn write(&self, _caller: &Caller, request: &WriteRequest<'_>) -> Result<u32> {
+        self.check_writable()?;
+        // The kernel guesses a handle for what its page cache has delayed.
+        let handle = match self.file_handle(request.node, request.handle) {
+            Err(_) if request.from_page_cache => None,
+            handle => Some(handle?),
+        };
+        let inode = match &handle {
+            Some(handle) => Arc::clone(&handle.inode),
+            None => self.inode(request.node)?,
+        };
+        let at =
+            if request.append && !request.from_page_cache { WriteAt::End } else { WriteAt::Offset(request.offset) };
+        let flags = inode.state().inode.flags;
+        if !request.from_page_cache && (flags & FLAG_IMMUTABLE != 0 || (flags & FLAG_APPEND != 0 && at != WriteAt::End))
+        {
+            return Err(Errno::PERM.into());
+        }
+        let bytes = self.write_bytes(&inode, at, request.data, request.clear_set_id)?;
+        if (request.synchronous && !request.from_page_cache) || flags & FLAG_SYNC != 0 {
+            self.make_durable(&inode, true)?;
+        }
+        Ok(u32::try_from(bytes).unwrap_or(u32::MAX))
+    }
+
+    /// Puts bytes into the page cache, with their space promised first. Returns how many.
+    pub(super) fn write_bytes(
+        &self,
+        inode: &Arc<VfsInode>,
+        at: WriteAt,
+        data: &[u8],
+        clear_set_id: bool,
+    ) -> Result<u64> {
+        let file = Self::file_of(inode)?;
+        if data.is_empty() {
+            return Ok(0);
+        }
+        let mut length = data.len() as u64;
+        if let WriteAt::Offset(offset) = at {
+            if offset >= FILE_BYTES_MAX {
+                return Err(Errno::FBIG.into());
+            }
+            length = length.min(FILE_BYTES_MAX - offset);
+        }
+        let reservation = self.reserve_for_write(inode, at, length)?;
+        let is_lending = clear_set_id && {
+            let mode = inode.state().inode.mode;
+            without_set_id(mode) != mode
+        };
+        let extends = |size: u64| match at {
+            WriteAt::Offset(offset) => offset + length > size,
+            WriteAt::End => true,
+        };
+        // Shared, while the size stays; nothing shortens the file under a shared lock.
+        let mut shared = None;
+        let mut exclusive = None;
+        if !is_lending && !extends(inode.size()) {
+            shared = Some(inode.lock.read()).filter(|_| !extends(inode.size()));
+        }
+        if shared.is_none() {
+            exclusive = Some(inode.lock.write());
+        }
+        if is_lending {
+            self.clear_set_id(inode)?;
+        }
+        let offset = match at {
+            WriteAt::Offset(offset) => offset,
+            WriteAt::End => inode.size(),
+        };
+        length = length.min(FILE_BYTES_MAX.saturating_sub(offset));
+        let data = usize::try_from(length).ok().and_then(|length| data.get(..length)).unwrap_or(data);
+        let outcome = self.write_pages(inode, file, offset, data, reservation);
+        drop((shared, exclusive));
+        match outcome.error {
+            Some(error) if outcome.bytes == 0 => Err(error),
+            _ => Ok(outcome.bytes),
+        }
+    }
+
+    fn write_pages(
+        &self,
+        inode: &VfsInode,
+        file: &FilePages,
+        offset: u64,
+        data: &[u8],
+        reservation: SpaceReservation,
+    ) -> pagecache::WriteOutcome {
+        let block = file.pages.block_bytes();
+        let promised_blocks = reservation.bytes() / block;
+        // Before a block becomes dirty its promise must be where writeback looks for it.
+        file.reserved.lock().merge(reservation);
+        let context = WriteContext {
+            space: &file.pages,
+            source: &file.source,
+            end_of_file: inode.size(),
+            units_per_block: 1,
+            placed: &|end| inode.raise_size(end),
+        };
+        let outcome = pagecache::write(&context, offset, data);
+        let surplus = promised_blocks.saturating_sub(outcome.newly_dirty_blocks) * block;
+        let given_back = file.reserved.lock().split(surplus);
+        drop(given_back);
+        if outcome.bytes > 0 {
+            let now = self.env.now();
+            let mut state = inode.state();
+            state.inode.modification_time = now.into();
+            state.inode.change_time = now.into();
+            state.times_ahead = true;
+        }
+        outcome
+    }
+
+    /// Takes the bits off that lend rights. The caller holds the inode lock exclusively.
+    fn clear_set_id(&self, inode: &VfsInode) -> Result<()> {
+        let committed = self.transactions.run(CommitOptions::default(), |transaction| {
+            self.namespace.update_inode(transaction, inode.number, |stored| {
+                stored.mode = without_set_id(stored.mode);
+                Ok(())
+            })
+        })?;
+        inode.apply(&committed.value, committed.sequence);
+        Ok(())
+    }
+
+    /// Finds data or a hole at or after `offset`; delayed data counts.
+    ///
+    /// # Errors
+    /// `ENXIO` at or past the end, and where no data follows.
+    pub fn seek(&self, _caller: &Caller, node: u64, handle: u64, offset: u64, what: Seek) -> Result<u64> {
+        let handle = self.file_handle(node, handle)?;
+        let inode = &handle.inode;
+        let file = Self::file_of(inode)?;
+        let size = inode.size();
+        if offset >= size {
+            return Err(Errno::NXIO.into());
+        }
+        // Sampled before the extents: what is committed in between is seen in one of them at least.
+        let delayed = file.pages.unwritten_ranges(&(offset..size));
+        match what {
+            Seek::Data => {
+                let stored = self.data.seek_data(inode.number, offset, size)?;
+                let delayed = delayed.first().map(|range| range.start.max(offset));
+                let first = [stored, delayed].into_iter().flatten().min().filter(|&first| first < size);
+                first.ok_or(Error::Posix(Errno::NXIO))
+            }
+            Seek::Hole => {
+                let mut at = offset;
+                loop {
+                    let hole = self.data.seek_hole(inode.number, at, size)?;
+                    match delayed.iter().find(|range| range.contains(&hole)) {
+                        Some(range) if hole < size => at = range.end,
+                        _ => return Ok(hole.min(size)),
+                    }
+                    if at >= size {
+                        return Ok(size);
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,229 @@
+//! One inode in memory: its lock, its attributes as users see them, its page cache.
+//!
+//! **What runs ahead.** For a regular file the size, the times and the data may be newer here than in the tree: delayed writes
+//! change memory, and writeback's commits bring the tree up. Times are changed here *first*, also where a transaction stores them at
+//! once: a commit of writeback that meets that transaction runs again and takes the new ones. Everything else (mode, owner, links, flags,
+//! all of a directory but its access time) is changed by a transaction first, under the exclusive inode lock, and copied here after it.
+//!
+//! Locks: [`VfsInode::lock`] is the inode lock of the lock order (inode -> add/block -> folio -> node -> journal). No worker ever takes
+//! it. [`VfsInode::state`] is a leaf: nothing that waits, and no other lock, is taken while it is held.
+
+use std::time::Duration;
+
+use crate::env::Event;
+use crate::format::namespace::{FileType, Inode};
+use crate::pagecache::{AddressSpace, PageSource};
+use crate::space::SpaceReservation;
+use crate::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use crate::sync::{Arc, Mutex, MutexGuard, RwLock};
+use crate::units::{InodeNumber, JournalSequence};
+
+/// What changes under the leaf lock.
+#[derive(Debug)]
+pub(super) struct State {
+    /// The inode as users see it, but for its size.
+    pub inode: Inode,
+    /// Times in memory that no transaction has stored.
+    pub times_ahead: bool,
+    /// When writeback is due, in the environment's monotonic time; set while the inode is in the writeback queue.
+    pub due: Option<Duration>,
+    /// The commit whose view of `allocated_bytes` and of the stored size is here.
+    pub tree_sequence: JournalSequence,
+    /// The size that the tree holds: at most what `inode.size` says, while extending writes are delayed.
+    pub stored_size: u64,
+}
+
+/// What only regular files have.
+pub(super) struct FilePages {
+    /// The page cache.
+    pub pages: Arc<AddressSpace>,
+    /// Where missing pages come from.
+    pub source: Arc<dyn PageSource>,
+    /// The promised space of the dirty blocks: a block's worth for each.
+    pub reserved: Mutex<SpaceReservation>,
+}
+
+impl std::fmt::Debug for FilePages {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("FilePages").field("pages", &self.pages.identity()).finish_non_exhaustive()
+    }
+}
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub(super) struct VfsInode {
+    pub number: InodeNumber,
+    pub generation: u64,
+    pub file_type: FileType,
+    /// The inode lock.
+    pub lock: RwLock<()>,
+    state: Mutex<State>,
+    /// Size in bytes as users see it; for a directory the number of its names. Raised from under a folio's lock.
+    size: AtomicU64,
+    /// Of a regular file.
+    pub file: Option<FilePages>,
+    /// Newest journal record that holds a change of it: what fsync waits for.
+    sequence: AtomicU64,
+    /// Open handles.
+    opens: AtomicU32,
+    /// One writeback of an inode at a time; also held, for ever, by its deletion.
+    writeback_busy: AtomicBool,
+    writeback_done: Event,
+}
+
+/// The right to write an inode's dirty pages back.
+pub(super) struct WritebackTurn<'a>(&'a VfsInode);
+
+impl WritebackTurn<'_> {
+    /// Never gives the turn back: the inode is being deleted.
+    pub fn keep(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for WritebackTurn<'_> {
+    fn drop(&mut self) {
+        self.0.writeback_busy.store(false, Ordering::Release);
+        self.0.writeback_done.notify();
+    }
+}
+
+impl VfsInode {
+    pub fn new(
+        number: InodeNumber,
+        file_type: FileType,
+        inode: Inode,
+        file: Option<FilePages>,
+        sequence: JournalSequence,
+    ) -> Self {
+        let size = inode.size;
+        Self {
+            number,
+            generation: inode.generation,
+            file_type,
+            lock: RwLock::new(()),
+            state: Mutex::new(State {
+                stored_size: inode.size,
+                inode,
+                times_ahead: false,
+                due: None,
+                tree_sequence: JournalSequence(0),
+            }),
+            size: AtomicU64::new(size),
+            file,
+            sequence: AtomicU64::new(sequence.0),
+            opens: AtomicU32::new(0),
+            writeback_busy: AtomicBool::new(false),
+            writeback_done: Event::new(),
+        }
+    }
+
+    pub fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock()
+    }
+
+    /// Size in bytes.
+    pub fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    /// The caller holds the inode lock exclusively.
+    pub fn set_size(&self, size: u64) {
+        self.size.store(size, Ordering::Release);
+    }
+
+    /// Makes the file at least this long; under a folio's lock.
+    pub fn raise_size(&self, size: u64) {
+        self.size.fetch_max(size, Ordering::AcqRel);
+    }
+
+    pub fn sequence(&self) -> JournalSequence {
+        JournalSequence(self.sequence.load(Ordering::Acquire))
+    }
+
+    /// A commit in this record changed the inode.
+    pub fn committed(&self, sequence: JournalSequence) {
+        self.sequence.fetch_max(sequence.0, Ordering::AcqRel);
+    }
+
+    /// Takes over what a transaction of the namespace has stored. The caller holds the inode lock exclusively, or the inode is new.
+    pub fn apply(&self, stored: &Inode, sequence: JournalSequence) {
+        {
+            let mut state = self.state();
+            if self.file_type == FileType::Regular {
+                let kept = &state.inode;
+                let merged = Inode {
+                    allocated_bytes: kept.allocated_bytes,
+                    access_time: kept.access_time,
+                    modification_time: kept.modification_time,
+                    ..stored.clone()
+                };
+                state.inode = merged;
+            } else {
+                let access_time = state.inode.access_time;
+                state.inode = Inode { access_time, ..stored.clone() };
+                state.stored_size = stored.size;
+                self.set_size(stored.size);
+            }
+        }
+        self.committed(sequence);
+    }
+
+    /// Takes over space and size as a data commit has left them in the tree; the newest commit's view wins.
+    pub fn refresh(&self, stored: &Inode, sequence: JournalSequence) {
+        {
+            let mut state = self.state();
+            if sequence >= state.tree_sequence {
+                state.tree_sequence = sequence;
+                state.inode.allocated_bytes = stored.allocated_bytes;
+                state.stored_size = stored.size;
+            }
+        }
+        self.committed(sequence);
+    }
+
+    pub fn opened(&self) {
+        self.opens.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// One handle less; returns whether it was the last.
+    pub fn closed(&self) -> bool {
+        self.opens.fetch_sub(1, Ordering::AcqRel) == 1
+    }
+
+    pub fn is_open(&self) -> bool {
+        self.opens.load(Ordering::Acquire) > 0
+    }
+
+    /// What a commit of delayed data or times stores with it.
+    pub fn store_times(&self, stored: &mut Inode) {
+        let state = self.state();
+        stored.access_time = state.inode.access_time;
+        stored.modification_time = state.inode.modification_time;
+        // The times of change that namespace operations store are not here before they have committed.
+        let (a, b) = (stored.change_time, state.inode.change_time);
+        stored.change_time = if (a.seconds, a.nanoseconds) < (b.seconds, b.nanoseconds) { b } else { a };
+    }
+
+    /// Whether the page cache holds bytes that no commit has.
+    pub fn has_dirty_pages(&self) -> bool {
+        self.file.as_ref().is_some_and(|file| file.pages.unwritten_blocks() > 0)
+    }
+
+    /// Whether forgetting the object would lose something.
+    pub fn is_pinned(&self) -> bool {
+        let state = self.state();
+        let is_ahead = state.times_ahead || state.due.is_some() || state.inode.link_count == 0;
+        drop(state);
+        is_ahead || self.is_open() || self.has_dirty_pages()
+    }
+
+    pub fn try_writeback_turn(&self) -> Option<WritebackTurn<'_>> {
+        let taken = self.writeback_busy.compare_exchange(false, true, Ordering::AcqRel, Ordering::Relaxed);
+        taken.is_ok().then_some(WritebackTurn(self))
+    }
+
+    pub fn writeback_event(&self) -> &Event {
+        &self.writeback_done
+    }
+}

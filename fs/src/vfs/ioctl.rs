@@ -1,0 +1,174 @@
+//! ioctl(2): chattr's flags, shutdown, and what FUSE has no other way for (sync, statistics).
+//!
+//! FUSE passes on only commands that say their sizes, at most 16 KiB; privileges are checked here.
+
+use std::fmt::Write as _;
+
+use rustix::io::Errno;
+
+use super::Vfs;
+use super::caller::is_privileged;
+use super::inode::VfsInode;
+use super::types::{Caller, IoctlReply, IoctlRequest};
+use crate::error::Result;
+use crate::namespace::{FLAG_APPEND, FLAG_IMMUTABLE, FLAG_NOATIME, FLAG_NODUMP, FLAG_SYNC, FLAGS_SETTABLE};
+use crate::sync::Arc;
+use crate::sync::atomic::Ordering;
+use crate::transaction::CommitOptions;
+
+/// `FS_IOC_GETFLAGS`.
+const GET_FLAGS: u32 = 0x8008_6601;
+/// `FS_IOC_SETFLAGS`.
+const SET_FLAGS: u32 = 0x4008_6602;
+/// `FS_IOC_FSGETXATTR`.
+const GET_EXTENDED_FLAGS: u32 = 0x801c_581f;
+/// `FS_IOC_FSSETXATTR`.
+const SET_EXTENDED_FLAGS: u32 = 0x401c_5820;
+/// `FS_IOC_SHUTDOWN`.
+const SHUTDOWN: u32 = 0x8004_587d;
+/// Flush nothing before the shutdown.
+const SHUTDOWN_NO_FLUSH: u32 = 2;
+
+/// Makes everything durable: what `sync(2)` cannot ask of a FUSE filesystem. `_IO(0xc7, 1)`.
+pub const IOCTL_SYNC: u32 = 0xc701;
+/// Counters as text, a line `name value` each. `_IOWR(0xc7, 2, [u8; 8192])`: the input starts with the byte to start at (u64,
+/// little-endian); the answer is the whole text's length in bytes (u64), and then as much of it as fits.
+pub const IOCTL_STATISTICS: u32 = 0xe000_c702;
+
+/// `FS_XFLAG_*` beside the `FS_*_FL` that means the same.
+const EXTENDED_FLAGS: [(u32, u32); 5] =
+    [(0x8, FLAG_IMMUTABLE), (0x10, FLAG_APPEND), (0x20, FLAG_SYNC), (0x40, FLAG_NOATIME), (0x80, FLAG_NODUMP)];
+/// Bytes of `struct fsxattr`.
+const EXTENDED_BYTES: usize = 28;
+
+fn first_u32(input: &[u8]) -> Result<u32> {
+    input.first_chunk().map(|bytes| u32::from_le_bytes(*bytes)).ok_or_else(|| Errno::INVAL.into())
+}
+
+impl Vfs {
+    /// ioctl(2).
+    ///
+    /// # Errors
+    /// `ENOTTY` for unknown commands, `EPERM`, `EOPNOTSUPP` for flags that are not served.
+    pub fn ioctl(&self, caller: &Caller, request: &IoctlRequest<'_>) -> Result<IoctlReply> {
+        let answer = |output: Vec<u8>| IoctlReply { result: 0, output };
+        match request.command {
+            GET_FLAGS => {
+                let flags = self.inode(request.node)?.state().inode.flags;
+                Ok(answer(u64::from(flags).to_le_bytes().to_vec()).cut(request.output_bytes_max))
+            }
+            SET_FLAGS => {
+                let flags = first_u32(request.input)?;
+                self.set_flags(caller, request.node, flags)?;
+                Ok(answer(Vec::new()))
+            }
+            GET_EXTENDED_FLAGS => {
+                let flags = self.inode(request.node)?.state().inode.flags;
+                let extended = EXTENDED_FLAGS.iter().filter(|(_, flag)| flags & flag != 0).map(|(bit, _)| bit);
+                let mut output = vec![0; EXTENDED_BYTES];
+                output.splice(..4, extended.sum::<u32>().to_le_bytes());
+                Ok(answer(output).cut(request.output_bytes_max))
+            }
+            SET_EXTENDED_FLAGS => {
+                let extended = first_u32(request.input)?;
+                let (_, rest) = request.input.split_at_checked(4).ok_or(Errno::INVAL)?;
+                let known = EXTENDED_FLAGS.iter().map(|(bit, _)| bit).sum::<u32>();
+                // Projects and extent sizes are not served; the count of extents is the kernel's to ignore.
+                let is_other_set = rest.iter().enumerate().any(|(at, &byte)| byte != 0 && !(4..8).contains(&at));
+                if extended & !known != 0 || is_other_set {
+                    return Err(Errno::OPNOTSUPP.into());
+                }
+                let flags = EXTENDED_FLAGS.iter().filter(|(bit, _)| extended & bit != 0).map(|(_, flag)| flag).sum();
+                self.set_flags(caller, request.node, flags)?;
+                Ok(answer(Vec::new()))
+            }
+            SHUTDOWN => {
+                if !is_privileged(caller) {
+                    return Err(Errno::PERM.into());
+                }
+                self.shut_down(first_u32(request.input)?)?;
+                Ok(answer(Vec::new()))
+            }
+            IOCTL_SYNC => {
+                self.sync()?;
+                Ok(answer(Vec::new()))
+            }
+            IOCTL_STATISTICS => self.statistics_page(request),
+            _ => Err(Errno::NOTTY.into()),
+        }
+    }
+
+    fn set_flags(&self, caller: &Caller, node: u64, flags: u32) -> Result<()> {
+        self.check_writable()?;
+        if flags & !FLAGS_SETTABLE != 0 {
+            return Err(Errno::OPNOTSUPP.into());
+        }
+        let inode: Arc<VfsInode> = self.inode(node)?;
+        let now = self.env.now();
+        let _lock = inode.lock.write();
+        let (present, owner) = {
+            let state = inode.state();
+            (state.inode.flags, state.inode.uid)
+        };
+        if !is_privileged(caller) && (caller.uid != owner || (present ^ flags) & (FLAG_IMMUTABLE | FLAG_APPEND) != 0) {
+            return Err(Errno::PERM.into());
+        }
+        let committed = self.transactions.run(CommitOptions::default(), |transaction| {
+            self.namespace.update_inode(transaction, inode.number, |stored| {
+                stored.flags = flags;
+                stored.change_time = now.into();
+                Ok(())
+            })
+        })?;
+        inode.apply(&committed.value, committed.sequence);
+        Ok(())
+    }
+
+    /// `FS_IOC_SHUTDOWN`: as if the machine had lost its power, after a flush unless `flags` says none.
+    fn shut_down(&self, flags: u32) -> Result<()> {
+        match flags {
+            0 => self.sync()?,
+            1 => self.journal.flush(self.journal.newest())?,
+            SHUTDOWN_NO_FLUSH => {}
+            _ => return Err(Errno::INVAL.into()),
+        }
+        self.is_shut_down.store(true, Ordering::Release);
+        self.latch("a shutdown was asked for");
+        Ok(())
+    }
+
+    /// All counters, as lines of text.
+    #[must_use]
+    pub fn statistics_text(&self) -> String {
+        let mut text = String::new();
+        let own = [
+            ("vfs.inodes_in_memory", self.table.resident_count() as u64),
+            ("vfs.deletions_waiting", self.deletions.waiting() as u64),
+            ("pagecache.used_bytes", self.cache.used_bytes()),
+            ("pagecache.peak_bytes", self.cache.peak_bytes()),
+            ("pagecache.dirty_bytes", self.cache.dirty_bytes()),
+            ("pagecache.writeback_bytes", self.cache.writeback_bytes()),
+        ];
+        for (name, value) in self.metrics.snapshot().into_iter().chain(own) {
+            // Writing to a string cannot fail.
+            let _ = writeln!(text, "{name} {value}");
+        }
+        text
+    }
+
+    fn statistics_page(&self, request: &IoctlRequest<'_>) -> Result<IoctlReply> {
+        let start = request.input.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
+        let text = self.statistics_text();
+        let mut output = (text.len() as u64).to_le_bytes().to_vec();
+        let rest = usize::try_from(start).ok().and_then(|start| text.as_bytes().get(start..)).unwrap_or_default();
+        output.extend_from_slice(rest);
+        Ok(IoctlReply { result: 0, output }.cut(request.output_bytes_max))
+    }
+}
+
+impl IoctlReply {
+    fn cut(mut self, output_bytes_max: u32) -> Self {
+        self.output.truncate(usize::try_from(output_bytes_max).unwrap_or(usize::MAX));
+        self
+    }
+}

@@ -1,0 +1,88 @@
+//! fsync and its relatives.
+//!
+//! All changes of a file, and of the directories above it, go through one journal in one order. So a file is durable when its delayed data
+//! is committed and the journal is durable up to the newest record that changed it.
+
+use super::Vfs;
+use super::inode::VfsInode;
+use super::types::Caller;
+use crate::error::Result;
+use crate::sync::Arc;
+
+impl Vfs {
+    /// Commits the inode's delayed data and times, and makes all its changes durable.
+    pub(super) fn make_durable(&self, inode: &Arc<VfsInode>, data_only: bool) -> Result<()> {
+        if !self.options.read_only {
+            self.check_writable()?;
+            let outcome = self.write_back(inode);
+            if !data_only {
+                self.store_delayed_times(inode)?;
+            }
+            outcome?;
+        }
+        self.journal.flush(inode.sequence())
+    }
+
+    /// Makes a file durable; its access time only if not `data_only`.
+    ///
+    /// # Errors
+    /// Of this and of delayed writes.
+    pub fn fsync(&self, _caller: &Caller, node: u64, handle: u64, data_only: bool) -> Result<()> {
+        self.check_alive()?;
+        match self.handles.get(handle) {
+            Ok(handle) if handle.inode.number.0 == node => {
+                let outcome = self.make_durable(&handle.inode, data_only);
+                // Also what failed before: each handle hears of it once.
+                let late = handle.check_late_errors();
+                outcome.and(late)
+            }
+            _ => self.make_durable(&self.inode(node)?, data_only),
+        }
+    }
+
+    /// Makes a directory's entries durable.
+    ///
+    /// # Errors
+    /// Those of the media.
+    pub fn fsyncdir(&self, _caller: &Caller, node: u64, _handle: u64, data_only: bool) -> Result<()> {
+        let inode = self.inode(node)?;
+        self.make_durable(&inode, data_only)
+    }
+
+    /// Commits all delayed data and times.
+    ///
+    /// # Errors
+    /// The first error; everything else is still tried.
+    pub fn write_back_all(&self) -> Result<()> {
+        let mut outcome = Ok(());
+        let mut seen = std::collections::BTreeSet::new();
+        loop {
+            let spaces = self.cache.dirty_spaces(usize::MAX, None);
+            let inodes: Vec<_> = spaces
+                .iter()
+                .filter_map(|space| self.table.get(crate::units::InodeNumber(space.identity())))
+                .filter(|inode| seen.insert(inode.number))
+                .collect();
+            if inodes.is_empty() {
+                break;
+            }
+            for inode in inodes {
+                outcome = outcome.and(self.write_back(&inode));
+            }
+        }
+        outcome.and(self.store_all_delayed_times())
+    }
+
+    /// Makes everything durable.
+    ///
+    /// # Errors
+    /// Of this; errors of delayed writes are also kept for the files' own handles.
+    pub fn sync(&self) -> Result<()> {
+        self.check_alive()?;
+        if !self.options.read_only {
+            self.check_writable()?;
+            self.write_back_all()?;
+        }
+        self.journal.flush(self.journal.newest())
+    }
+}

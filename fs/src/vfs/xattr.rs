@@ -1,0 +1,98 @@
+//! Extended attributes.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+
+use rustix::io::Errno;
+
+use super::Vfs;
+use super::caller::{is_in_group, is_privileged};
+use super::inode::VfsInode;
+use super::types::Caller;
+use crate::error::{Error, Result};
+use crate::namespace::{Changed, acl};
+use crate::sync::Arc;
+use crate::transaction::{CommitOptions, Committed};
+
+/// A read-only attribute with the time of creation, which FUSE has no other way for: seconds, a point, nanoseconds.
+const BIRTH_TIME: &[u8] = b"user.coppice.birth_time";
+const NAMES_BYTES_MAX: usize = 64 << 10;
+
+impl Vfs {
+    /// Sets an extended attribute. `flags` are setxattr(2)'s.
+    ///
+    /// # Errors
+    /// `EEXIST`, `ENODATA`, `E2BIG`, `ENOSPC`, `EOPNOTSUPP`, `EPERM`.
+    pub fn set_xattr(&self, caller: &Caller, node: u64, name: &OsStr, value: &[u8], flags: i32) -> Result<()> {
+        self.check_writable()?;
+        let name = name.as_bytes();
+        if name == BIRTH_TIME {
+            return Err(Errno::PERM.into());
+        }
+        let inode = self.inode(node)?;
+        let _admission = self.space.reserve_metadata(value.len() as u64 + super::names::ADMISSION_BYTES)?;
+        let group_matters = name == acl::ACCESS && !is_privileged(caller) && inode.state().inode.mode & 0o2000 != 0;
+        let gid = inode.state().inode.gid;
+        let clear_set_gid = group_matters && !is_in_group(caller, gid);
+        let now = self.env.now();
+        self.change_xattrs(&inode, &mut |transaction| {
+            self.namespace.set_xattr(transaction, inode.number, name, value, flags, clear_set_gid, now)
+        })
+    }
+
+    fn change_xattrs(
+        &self,
+        inode: &Arc<VfsInode>,
+        body: &mut dyn FnMut(&mut crate::transaction::Transaction<'_>) -> Result<Changed>,
+    ) -> Result<()> {
+        let _lock = inode.lock.write();
+        let Committed { value: changed, sequence } =
+            self.transactions.run(CommitOptions::default(), |transaction| body(transaction))?;
+        for (_, stored) in &changed {
+            inode.apply(stored, sequence);
+        }
+        Ok(())
+    }
+
+    /// Value of an extended attribute.
+    ///
+    /// # Errors
+    /// `ENODATA`, `EOPNOTSUPP`.
+    pub fn get_xattr(&self, _caller: &Caller, node: u64, name: &OsStr) -> Result<Vec<u8>> {
+        let inode = self.inode(node)?;
+        if name.as_bytes() == BIRTH_TIME {
+            let time = inode.state().inode.birth_time;
+            return Ok(format!("{}.{:09}", time.seconds, time.nanoseconds).into_bytes());
+        }
+        let mut transaction = self.transactions.read();
+        let value = self.namespace.xattr(&mut transaction, inode.number, name.as_bytes())?;
+        value.ok_or(Error::Posix(Errno::NODATA))
+    }
+
+    /// Names of the extended attributes, each with a NUL after it. `trusted.` ones are root's to see.
+    ///
+    /// # Errors
+    /// `E2BIG` if they are more than Linux passes on; those of the media.
+    pub fn list_xattrs(&self, caller: &Caller, node: u64) -> Result<Vec<u8>> {
+        let inode = self.inode(node)?;
+        let mut names = self.namespace.xattr_names(&mut self.transactions.read(), inode.number)?;
+        if !is_privileged(caller) {
+            let visible = names.split_inclusive(|&byte| byte == 0).filter(|name| !name.starts_with(b"trusted."));
+            names = visible.flatten().copied().collect();
+        }
+        if names.len() > NAMES_BYTES_MAX { Err(Errno::TOOBIG.into()) } else { Ok(names) }
+    }
+
+    /// Removes an extended attribute.
+    ///
+    /// # Errors
+    /// `ENODATA`, `EOPNOTSUPP`, `EPERM`.
+    pub fn remove_xattr(&self, _caller: &Caller, node: u64, name: &OsStr) -> Result<()> {
+        self.check_writable()?;
+        let inode = self.inode(node)?;
+        let now = self.env.now();
+        self.change_xattrs(&inode, &mut |transaction| {
+            self.namespace.remove_xattr(transaction, inode.number, name.as_bytes(), now)
+        })
+    }
+}
