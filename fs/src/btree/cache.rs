@@ -75,14 +75,14 @@ impl NodeCache {
         self.bytes.load(Ordering::Relaxed)
     }
 
-    /// Evicts until at most `budget_bytes` are left, or nothing more can go in one round of the clock. Returns how many went.
-    pub fn evict(&self, budget_bytes: u64) -> u64 {
+    /// Evicts until at most `budget_bytes` are left, or `steps_max` nodes were looked at, or all. Returns how many went.
+    pub fn evict(&self, budget_bytes: u64, steps_max: usize) -> u64 {
         if self.bytes() <= budget_bytes {
             return 0;
         }
         let mut evicted = 0;
         // Two rounds: the first takes the marks away.
-        let mut steps = 2 * self.clock.lock().len();
+        let mut steps = steps_max.min(2 * self.clock.lock().len());
         while steps > 0 && self.bytes() > budget_bytes {
             steps -= 1;
             let Some(id) = self.clock.lock().pop_front() else { break };

@@ -137,7 +137,7 @@ impl Forest {
         let duration = self.env.monotonic().saturating_sub(started);
         self.checkpoint_running.store(false, Ordering::Release);
         self.checkpoints_done.fetch_add(1, Ordering::Relaxed);
-        self.shrink_cache();
+        self.shrink_cache(usize::MAX);
         self.checkpoint_event.notify();
         let mut outcome = outcome?;
         outcome.duration = duration;

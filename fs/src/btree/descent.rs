@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::format::node::NodePointer;
 use crate::format::{BtreeId, Position, Value};
 use crate::sync::Arc;
+use crate::sync::atomic::Ordering;
 use crate::units::JournalSequence;
 
 /// Overtaken this often in one descent is a bug, not contention.
@@ -101,7 +102,7 @@ impl Forest {
         self.loading.lock().remove(&pointer.node);
         self.loaded.notify();
         if outcome.is_ok() {
-            self.shrink_cache();
+            self.shrink_cache(256);
         }
         outcome
     }
@@ -150,9 +151,9 @@ impl Forest {
         Ok(Node::new(pointer.node, expected.btree, content))
     }
 
-    /// Evicts down to the budget.
-    pub(super) fn shrink_cache(&self) {
-        let evicted = self.cache.evict(self.cache_bytes.load(crate::sync::atomic::Ordering::Relaxed));
+    /// Evicts down to the budget, looking at no more than `steps_max` nodes: most may be dirty, and cannot go.
+    pub(super) fn shrink_cache(&self, steps_max: usize) {
+        let evicted = self.cache.evict(self.cache_bytes.load(Ordering::Relaxed), steps_max);
         self.metrics.btree_evictions.add(evicted);
     }
 

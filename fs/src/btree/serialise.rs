@@ -102,6 +102,11 @@ impl<'a> Attempt<'a> {
                 }
                 self.serialise_and_link(&node)?;
                 self.write_images(WRITE_BATCH_BYTES)?;
+                // In simulation others commit between two nodes, as they do beside this thread in production; not when the journal is
+                // filling up, since those who wait for this checkpoint would do so on top of its stack.
+                if self.log.fill_permille() < 300 {
+                    self.forest.env.maybe_yield(8)?;
+                }
             }
         }
         let mut roots = Vec::new();

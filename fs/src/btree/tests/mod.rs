@@ -1,7 +1,11 @@
 //! Tests of the trees, against a plain `BTreeMap`.
 
+mod crash;
+mod damage;
 mod disk;
 mod memory;
+mod threads;
+mod waiting;
 mod world;
 
 use super::*;

@@ -13,6 +13,8 @@ pub struct FakeLog {
     pub records: Mutex<Vec<Vec<Change>>>,
     pub flushed: AtomicU64,
     pub released: AtomicU64,
+    /// The newest F: it never goes back.
+    pub boundary: AtomicU64,
     /// How far F is held behind the newest record.
     pub lag: AtomicU64,
 }
@@ -31,7 +33,8 @@ impl FakeLog {
 impl CheckpointLog for FakeLog {
     fn boundary(&self) -> Result<LogBoundary> {
         let first_replay = (self.len() + 1).saturating_sub(self.lag.load(Ordering::Relaxed)).max(1);
-        let first_replay = first_replay.max(self.released.load(Ordering::Relaxed));
+        let first_replay = first_replay.max(self.boundary.load(Ordering::Relaxed));
+        self.boundary.store(first_replay, Ordering::Relaxed);
         Ok(LogBoundary {
             first_replay: JournalSequence(first_replay),
             offset: first_replay,
@@ -183,6 +186,7 @@ impl World {
             opening.previous.as_ref().map_or(opening.newest.first_replay, |previous| previous.first_replay),
             Ordering::Relaxed,
         );
+        log.boundary.store(opening.newest.first_replay, Ordering::Relaxed);
         let world = Self::open(
             device,
             Arc::clone(&self.superblock),

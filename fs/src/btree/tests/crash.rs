@@ -1,0 +1,144 @@
+//! Power cuts at every write and flush of checkpoints, and what is opened afterwards.
+
+use super::world::*;
+use super::*;
+use crate::device::{MemDevice, PlanOptions, SimDevice, SimOptions, Snapshot};
+
+/// A moment at which power may be cut.
+struct Moment {
+    snapshot: Snapshot,
+    flushed: u64,
+    newest: u64,
+    released: u64,
+    checkpoints: u64,
+}
+
+/// A small deterministic generator.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (self.0 >> 33) % limit.max(1)
+    }
+}
+
+fn change(world: &World, random: &mut Random, seed: u64) {
+    let mut changes: BTreeMap<(BtreeId, Position), Option<Value>> = BTreeMap::new();
+    for _ in 0..1 + random.below(3) {
+        let btree = if random.below(3) == 0 { BtreeId::Inodes } else { BtreeId::Extents };
+        let position = Position::new(random.below(120), random.below(4), 0);
+        let deleted = random.below(3) == 0;
+        changes.insert((btree, position), (!deleted).then(|| value(seed, 8 + random.below(500) as usize)));
+    }
+    world.commit(changes.into_iter().map(|((btree, position), value)| (btree, position, value)).collect());
+}
+
+/// Every boundary of a workload, with some ways for the writes to get lost at each.
+fn run(seed: u64, plans_for_each: usize) -> usize {
+    let device = Arc::new(SimDevice::new(SIZE_BYTES, SimOptions { seed, ..SimOptions::default() }));
+    let world = World::new(Arc::clone(&device) as Arc<dyn BlockDevice>, 2, 96 << 10);
+    let moments: Arc<Mutex<Vec<Moment>>> = Arc::default();
+    {
+        let (moments, log, forest) = (Arc::clone(&moments), Arc::clone(&world.log), Arc::downgrade(&world.forest));
+        device.set_hook(move |device, _| {
+            let checkpoints = forest.upgrade().map_or(0, |forest| forest.metrics.checkpoints.get());
+            moments.lock().push(Moment {
+                snapshot: device.snapshot(),
+                flushed: log.flushed.load(Ordering::Relaxed),
+                newest: log.len(),
+                released: log.released.load(Ordering::Relaxed),
+                checkpoints,
+            });
+        });
+    }
+    let mut random = Random(seed);
+    for round in 0..14u64 {
+        for index in 0..random.below(60) {
+            change(&world, &mut random, round << 32 | index);
+        }
+        world.log.lag.store(random.below(8), Ordering::Relaxed);
+        world.checkpoint();
+        world.assert_map_is_reachability();
+    }
+    device.clear_hook();
+
+    let moments = std::mem::take(&mut *moments.lock());
+    let mut opened = 0;
+    for (index, moment) in moments.iter().enumerate() {
+        let options = PlanOptions {
+            exhaustive_up_to: 2,
+            samples: plans_for_each,
+            seed: seed << 32 | index as u64,
+            limit: Some(plans_for_each),
+            ..PlanOptions::default()
+        };
+        for plan in moment.snapshot.plans(&options) {
+            let image = moment.snapshot.crash(&plan);
+            let cut = moment.flushed + random.below(moment.newest - moment.flushed + 1);
+            let device: Arc<dyn BlockDevice> = Arc::new(MemDevice::from_image(image, false));
+            let again = match world.reopen(device, cut) {
+                Ok(again) => again,
+                Err(error) => {
+                    assert_eq!(moment.checkpoints, 0, "seed {seed}, moment {index}, {plan:?}: {error}");
+                    continue;
+                }
+            };
+            let first_replay = again.forest.kept.lock().newest.first_replay;
+            assert!(first_replay >= moment.released, "seed {seed}: needs journal that was released");
+            for btree in [BtreeId::Extents, BtreeId::Inodes, BtreeId::Buckets] {
+                assert_equal(&again.forest, btree, &world.model(btree, cut));
+            }
+            opened += 1;
+            // Life goes on, in a few of them.
+            if random.below(8) == 0 {
+                for index in 0..random.below(40) {
+                    change(&again, &mut random, 1 << 60 | index);
+                }
+                again.checkpoint();
+                again.assert_map_is_reachability();
+                let third = again.reopen(Arc::clone(&again.device), again.log.len()).unwrap();
+                third.assert_matches_log();
+            }
+        }
+    }
+    opened
+}
+
+#[test]
+fn a_power_cut_at_any_boundary_loses_nothing_durable() {
+    let mut opened = 0;
+    for seed in 1..4 {
+        opened += run(seed, 4);
+    }
+    assert!(opened > 500, "{opened} states were opened");
+}
+
+#[test]
+fn a_failed_write_latches_and_loses_nothing_durable() {
+    for nth in [0, 1, 3, 7, 20] {
+        let device = Arc::new(SimDevice::new(SIZE_BYTES, SimOptions::default()));
+        let world = World::new(Arc::clone(&device) as Arc<dyn BlockDevice>, 2, 1 << 20);
+        let mut random = Random(nth + 1);
+        for index in 0..200 {
+            change(&world, &mut random, index);
+        }
+        world.checkpoint();
+        for index in 0..200 {
+            change(&world, &mut random, index);
+        }
+        device.fail_write(nth, rustix::io::Errno::IO);
+        let outcome = world.forest.checkpoint(&*world.log, CheckpointReason::Requested);
+        device.clear_faults();
+        if outcome.is_ok() {
+            continue;
+        }
+        let again = world.forest.checkpoint(&*world.log, CheckpointReason::Requested);
+        assert!(matches!(again, Err(Error::Latched { .. })), "{again:?}");
+        assert!(matches!(world.forest.wait_for_dirty_room(), Err(Error::Latched { .. })));
+        let image = Arc::new(MemDevice::from_image(device.image(), false));
+        let flushed = world.log.flushed.load(Ordering::Relaxed);
+        let third = world.reopen(image, flushed).unwrap();
+        assert_equal(&third.forest, BtreeId::Extents, &world.model(BtreeId::Extents, flushed));
+    }
+}

@@ -1,0 +1,41 @@
+//! Commits that wait for the checkpoint worker.
+
+use super::world::*;
+use super::*;
+use crate::device::MemDevice;
+
+#[test]
+fn commits_beyond_the_dirty_cap_wait_for_the_worker() {
+    let device: Arc<dyn BlockDevice> = Arc::new(MemDevice::new(SIZE_BYTES));
+    let superblock = Arc::new(superblock(SIZE_BYTES, 2));
+    let config = ForestConfig {
+        superblock: Arc::clone(&superblock),
+        devices: vec![Arc::clone(&device)],
+        cache_bytes: Arc::new(AtomicU64::new(1 << 20)),
+        dirty_bytes_max: 20 * 8192,
+        epoch: 1,
+    };
+    let env = Env::simulated(3);
+    let log = Arc::<FakeLog>::default();
+    let forest = Forest::open(config, &Opening::empty(), Arc::clone(&env), Arc::default()).unwrap();
+    let buckets = Arc::new(TestBuckets {
+        forest: Arc::downgrade(&forest),
+        log: Arc::clone(&log),
+        bucket_count: superblock.members[0].bucket_count,
+        exhausted: AtomicBool::new(false),
+    });
+    forest.set_node_buckets(buckets);
+    env.register(
+        forest.checkpoint_worker(Arc::clone(&log) as Arc<dyn CheckpointLog>, std::time::Duration::from_secs(5)),
+    );
+    for index in 0..4000u64 {
+        forest.wait_for_dirty_room().unwrap();
+        let change = (BtreeId::Extents, Position::new(index * 7919 % 4000, 0, 0), Some(value(index, 100)));
+        let sequence = log.append(vec![change.clone()]);
+        commit(&forest, &[change], sequence);
+        assert!(forest.dirty_bytes() < 40 * 8192, "{} dirty bytes", forest.dirty_bytes());
+    }
+    assert!(forest.metrics.checkpoints.get() > 2);
+    assert_eq!(all_keys(&forest, BtreeId::Extents, 100).len(), 4000);
+    env.unregister_all();
+}
