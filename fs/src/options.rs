@@ -314,6 +314,16 @@ impl MountOptions {
         options.split(',').filter(|option| !option.is_empty()).try_for_each(|option| self.apply_one(option))
     }
 
+    /// As [`Self::apply`], but unknown options are ignored (mount(8)'s `-s`).
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a wrong value.
+    pub fn apply_known(&mut self, options: &str) -> Result<()> {
+        let name = |option: &str| option.split_once('=').map_or(option, |(name, _)| name).to_owned();
+        let known = |option: &&str| MOUNT_OPTIONS.iter().any(|definition| definition.name == name(option));
+        options.split(',').filter(known).try_for_each(|option| self.apply_one(option))
+    }
+
     fn apply_one(&mut self, option: &str) -> Result<()> {
         let (name, given) = match option.split_once('=') {
             Some((name, value)) => (name, Some(value)),

@@ -1,1 +1,3 @@
-//! tools.
+//! The command-line tools.
+
+pub mod mount;

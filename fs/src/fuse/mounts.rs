@@ -249,13 +249,17 @@ impl Mounted {
     /// Ends the connection at once: requests that are under way fail with `ECONNABORTED`, and the session ends.
     ///
     /// # Errors
-    /// If the kernel's fusectl filesystem is not there.
+    /// If the kernel's fusectl filesystem is neither mounted nor may be mounted by us.
     pub fn abort(&self) -> Result<()> {
         let Some((_, minor)) = self.device else {
             return Err(Error::Unusable("the connection's number is not known".into()));
         };
         let path = format!("/sys/fs/fuse/connections/{minor}/abort");
-        std::fs::write(&path, "1").map_err(|error| Error::io(format!("cannot write {path}"), error))
+        match std::fs::write(&path, "1") {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => abort_by_private_fusectl(minor)
+                .map_err(|errno| Error::io(format!("cannot write {path}, nor mount fusectl"), errno.into())),
+            other => other.map_err(|error| Error::io(format!("cannot write {path}"), error)),
+        }
     }
 
     /// Lets the kernel read ahead further than the 128 KiB to which FUSE caps it. Needs root.
@@ -269,6 +273,16 @@ impl Mounted {
         let path = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
         std::fs::write(&path, kib.to_string()).map_err(|error| Error::io(format!("cannot write {path}"), error))
     }
+}
+
+/// Where nobody has mounted fusectl: a mount of it that only this function sees.
+fn abort_by_private_fusectl(minor: u32) -> rustix::io::Result<()> {
+    use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsmount, fsopen};
+    let context = fsopen("fusectl", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_create(&context)?;
+    let mount = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
+    let abort = rustix::fs::openat(&mount, format!("{minor}/abort"), OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
+    rustix::io::write(&abort, b"1").map(drop)
 }
 
 /// Unmounts whatever is visible at `directory`.
