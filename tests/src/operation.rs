@@ -1,0 +1,78 @@
+//! [`Operation`]: one POSIX operation as data, so that workloads can be listed, generated, shrunk and printed.
+
+use serde::{Deserialize, Serialize};
+
+/// One operation. Paths are absolute inside the filesystem: `/a/b`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Operation {
+    /// open(O_CREAT | O_EXCL).
+    Create { path: String, mode: u16 },
+    /// mkdir.
+    MakeDirectory { path: String, mode: u16 },
+    /// symlink.
+    SymbolicLink { path: String, target: String },
+    /// link.
+    Link { existing: String, path: String },
+    /// unlink.
+    Unlink { path: String },
+    /// rmdir.
+    RemoveDirectory { path: String },
+    /// rename, over what is there if that may be.
+    Rename { from: String, to: String },
+    /// renameat2(RENAME_EXCHANGE).
+    Exchange { one: String, other: String },
+    /// pwrite of [`content`]`(tag, offset, length)`.
+    Write { path: String, offset: u64, length: u64, tag: u32 },
+    /// truncate, to a smaller or a larger size.
+    Truncate { path: String, size: u64 },
+    /// fallocate(PUNCH_HOLE | KEEP_SIZE).
+    Punch { path: String, offset: u64, length: u64 },
+    /// chmod.
+    ChangeMode { path: String, mode: u16 },
+    /// setxattr of a `user.` attribute.
+    SetXattr { path: String, name: String, value: String },
+    /// removexattr.
+    RemoveXattr { path: String, name: String },
+    /// fsync of a file.
+    Fsync { path: String },
+    /// fsync of a directory.
+    FsyncDirectory { path: String },
+    /// Everything durable (our sync ioctl).
+    Sync,
+    /// Not POSIX: background work gets its turn (writeback, checkpoint, discard, copygc). Promises nothing.
+    Settle,
+}
+
+impl Operation {
+    /// Whether its return promises durability.
+    #[must_use]
+    pub fn is_sync(&self) -> bool {
+        matches!(self, Self::Fsync { .. } | Self::FsyncDirectory { .. } | Self::Sync)
+    }
+}
+
+/// The bytes that write number `tag` puts at `[offset, offset + length)`: each word names its write and its place, so that bytes of another
+/// file, another write or another place never pass for the right ones, and none is zero.
+#[must_use]
+pub fn content(tag: u32, offset: u64, length: u64) -> Vec<u8> {
+    (offset..offset + length)
+        .map(|at| {
+            let word = (u64::from(tag) << 40 ^ (at / 8)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            word.rotate_left(17).to_le_bytes()[(at % 8) as usize] | 1
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn content_depends_on_tag_and_place_not_on_the_cut() {
+        let whole = content(3, 100, 5000);
+        assert_eq!(whole[1000..1700], content(3, 1100, 700));
+        assert_ne!(content(4, 100, 64), whole[..64]);
+        assert_ne!(content(3, 4196, 64), whole[..64]);
+        assert!(whole.iter().all(|&byte| byte != 0));
+    }
+}

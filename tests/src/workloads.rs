@@ -1,0 +1,351 @@
+//! The small workloads that are crashed at every boundary, and random ones by seed.
+
+use rand_xoshiro::Xoshiro256PlusPlus;
+use rand_xoshiro::rand_core::{Rng, SeedableRng};
+
+use crate::model::Model;
+use crate::operation::Operation;
+use crate::tree::Kind;
+
+fn create(path: &str) -> Operation {
+    Operation::Create { path: path.into(), mode: 0o644 }
+}
+
+fn directory(path: &str) -> Operation {
+    Operation::MakeDirectory { path: path.into(), mode: 0o755 }
+}
+
+fn write(path: &str, offset: u64, length: u64, tag: u32) -> Operation {
+    Operation::Write { path: path.into(), offset, length, tag }
+}
+
+fn fsync(path: &str) -> Operation {
+    Operation::Fsync { path: path.into() }
+}
+
+fn truncate(path: &str, size: u64) -> Operation {
+    Operation::Truncate { path: path.into(), size }
+}
+
+fn rename(from: &str, to: &str) -> Operation {
+    Operation::Rename { from: from.into(), to: to.into() }
+}
+
+fn unlink(path: &str) -> Operation {
+    Operation::Unlink { path: path.into() }
+}
+
+/// All fixed workloads, with their names.
+#[must_use]
+pub fn all() -> Vec<(&'static str, Vec<Operation>)> {
+    vec![
+        ("create, write, fsync", create_write_fsync()),
+        ("rename over", rename_over()),
+        ("append", append()),
+        ("unlink", unlink_and_reuse()),
+        ("directory tree", directory_tree()),
+        ("truncate", truncate_and_extend()),
+        ("overwrite", overwrite()),
+        ("checkpoint in the middle", checkpoint_in_the_middle()),
+        ("attributes and links", attributes_and_links()),
+        ("exchange", exchange()),
+    ]
+}
+
+fn create_write_fsync() -> Vec<Operation> {
+    vec![
+        create("/a"),
+        write("/a", 0, 100, 1),
+        fsync("/a"),
+        create("/b"),
+        write("/b", 0, 20_000, 2),
+        Operation::Settle,
+        write("/b", 5000, 9000, 3),
+        fsync("/b"),
+        create("/c"),
+        write("/c", 1 << 20, 4096, 4),
+        Operation::Settle,
+        fsync("/c"),
+    ]
+}
+
+fn rename_over() -> Vec<Operation> {
+    let mut workload = vec![create("/config"), write("/config", 0, 6000, 1), fsync("/config")];
+    for round in 0..4u32 {
+        // Every other time without an fsync, as many programs do.
+        workload.extend([create("/config.new"), write("/config.new", 0, 3000 + 3000 * u64::from(round), 10 + round)]);
+        if round % 2 == 0 {
+            workload.push(fsync("/config.new"));
+        }
+        workload.extend([rename("/config.new", "/config"), Operation::Settle]);
+    }
+    workload.push(Operation::FsyncDirectory { path: "/".into() });
+    workload
+}
+
+fn append() -> Vec<Operation> {
+    let mut workload = vec![create("/log")];
+    let mut end = 0;
+    for (tag, length) in [10u64, 700, 4096, 1, 9000, 300, 5000].into_iter().enumerate() {
+        workload.push(write("/log", end, length, tag as u32 + 1));
+        end += length;
+        if tag % 2 == 1 {
+            workload.push(fsync("/log"));
+        }
+        if tag % 3 == 2 {
+            workload.push(Operation::Settle);
+        }
+    }
+    workload
+}
+
+fn unlink_and_reuse() -> Vec<Operation> {
+    let mut workload = Vec::new();
+    for round in 0..3u32 {
+        workload.extend([
+            create("/a"),
+            write("/a", 0, 30_000, 2 * round + 1),
+            fsync("/a"),
+            unlink("/a"),
+            // Takes the space of what was deleted, perhaps.
+            create("/b"),
+            write("/b", 0, 30_000, 2 * round + 2),
+            Operation::Settle,
+            fsync("/b"),
+            unlink("/b"),
+            Operation::FsyncDirectory { path: "/".into() },
+            Operation::Settle,
+        ]);
+    }
+    workload
+}
+
+fn directory_tree() -> Vec<Operation> {
+    let mut workload = Vec::new();
+    for outer in 0..3 {
+        workload.push(directory(&format!("/d{outer}")));
+        for inner in 0..3 {
+            let folder = format!("/d{outer}/e{inner}");
+            let file = format!("{folder}/file");
+            workload.extend([directory(&folder), create(&file), write(&file, 0, 50, outer * 10 + inner)]);
+        }
+        workload.push(Operation::FsyncDirectory { path: format!("/d{outer}") });
+    }
+    workload.extend([
+        rename("/d0/e0", "/d1/moved"),
+        rename("/d1", "/d2/d1"),
+        Operation::Settle,
+        unlink("/d2/d1/moved/file"),
+        Operation::RemoveDirectory { path: "/d2/d1/moved".into() },
+        fsync("/d2/d1/e1/file"),
+    ]);
+    workload
+}
+
+fn truncate_and_extend() -> Vec<Operation> {
+    vec![
+        create("/a"),
+        write("/a", 0, 20_000, 1),
+        fsync("/a"),
+        truncate("/a", 5000),
+        truncate("/a", 15_000),
+        Operation::Settle,
+        write("/a", 14_000, 3000, 2),
+        truncate("/a", 16_000),
+        fsync("/a"),
+        truncate("/a", 0),
+        write("/a", 0, 100, 3),
+        Operation::Settle,
+        truncate("/a", 60),
+        Operation::Punch { path: "/a".into(), offset: 10, length: 20 },
+        write("/a", 8192, 8192, 4),
+        fsync("/a"),
+        Operation::Punch { path: "/a".into(), offset: 8000, length: 5000 },
+        Operation::Settle,
+        Operation::Sync,
+    ]
+}
+
+/// Rewrites parts of a few files again and again: old extents die one by one, so that compaction has work.
+fn overwrite() -> Vec<Operation> {
+    let mut workload = Vec::new();
+    for file in 0..4u32 {
+        let path = format!("/f{file}");
+        workload.extend([create(&path), write(&path, 0, 64 << 10, file + 1)]);
+    }
+    workload.push(Operation::Sync);
+    for round in 0..24u64 {
+        let path = format!("/f{}", round % 4);
+        workload.push(write(&path, round * 20_480 % 61_440, 4096 + round % 3 * 1000, 100 + round as u32));
+        if round % 5 == 4 {
+            workload.push(Operation::Settle);
+        }
+        if round % 8 == 7 {
+            workload.push(fsync(&path));
+        }
+    }
+    workload
+}
+
+fn checkpoint_in_the_middle() -> Vec<Operation> {
+    let mut workload = Vec::new();
+    for round in 0..3u32 {
+        for file in 0..8 {
+            workload.push(create(&format!("/r{round}-{file}")));
+        }
+        workload.extend([Operation::Settle, Operation::Settle]);
+        let path = format!("/r{round}-0");
+        workload.extend([write(&path, 0, 9000, round + 1), fsync(&path), Operation::Settle]);
+        workload.push(unlink(&format!("/r{round}-1")));
+    }
+    workload.push(Operation::Sync);
+    workload
+}
+
+fn attributes_and_links() -> Vec<Operation> {
+    vec![
+        create("/a"),
+        Operation::ChangeMode { path: "/a".into(), mode: 0o600 },
+        Operation::SetXattr { path: "/a".into(), name: "user.one".into(), value: "1".into() },
+        fsync("/a"),
+        Operation::Link { existing: "/a".into(), path: "/b".into() },
+        Operation::SetXattr { path: "/b".into(), name: "user.one".into(), value: "2".repeat(200) },
+        Operation::Settle,
+        unlink("/a"),
+        Operation::SymbolicLink { path: "/s".into(), target: "b".into() },
+        fsync("/b"),
+        Operation::RemoveXattr { path: "/b".into(), name: "user.one".into() },
+        Operation::Link { existing: "/b".into(), path: "/a".into() },
+        Operation::Settle,
+        Operation::Sync,
+    ]
+}
+
+fn exchange() -> Vec<Operation> {
+    vec![
+        create("/a"),
+        write("/a", 0, 5000, 1),
+        directory("/d"),
+        create("/d/b"),
+        write("/d/b", 0, 7000, 2),
+        Operation::Exchange { one: "/a".into(), other: "/d/b".into() },
+        Operation::Settle,
+        fsync("/a"),
+        Operation::Exchange { one: "/a".into(), other: "/d".into() },
+        Operation::FsyncDirectory { path: "/".into() },
+    ]
+}
+
+/// A workload of `length` operations by seed. Most of them succeed; some fail, and must fail in the right way.
+#[must_use]
+pub fn random(seed: u64, length: usize) -> Vec<Operation> {
+    let mut random = Random(Xoshiro256PlusPlus::seed_from_u64(seed));
+    let mut model = Model::new(4096);
+    let mut workload = Vec::with_capacity(length);
+    for tag in 1..=length as u32 {
+        let operation = random.operation(&model, tag);
+        // The model goes along, so that paths are mostly ones that exist.
+        let _ = model.begin(&operation);
+        workload.push(operation);
+    }
+    workload
+}
+
+struct Random(Xoshiro256PlusPlus);
+
+impl Random {
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0.next_u64() % bound.max(1)
+    }
+
+    fn pick(&mut self, paths: &[String]) -> String {
+        let index = self.below(paths.len() as u64) as usize;
+        paths.get(index).cloned().unwrap_or_else(|| "/missing".into())
+    }
+
+    fn operation(&mut self, model: &Model, tag: u32) -> Operation {
+        let tree = model.tree();
+        let of = |wanted: fn(&Kind) -> bool| -> Vec<String> {
+            tree.iter().filter(|(_, entry)| wanted(&entry.kind)).map(|(path, _)| path.clone()).collect()
+        };
+        let files = of(|kind| matches!(kind, Kind::File(_)));
+        let folders = of(|kind| *kind == Kind::Directory);
+        let all: Vec<String> = tree.keys().filter(|path| *path != "/").cloned().collect();
+        let folder = self.pick(&folders);
+        let fresh = format!("{}/n{}", folder.trim_end_matches('/'), self.below(12));
+        let size = |path: &str| match tree.get(path).map(|entry| &entry.kind) {
+            Some(Kind::File(bytes)) => bytes.len() as u64,
+            _ => 0,
+        };
+        match self.below(32) {
+            0..=4 => Operation::Create { path: fresh, mode: 0o600 + self.below(0o100) as u16 },
+            5 | 6 => directory(&fresh),
+            7..=13 => {
+                let path = self.pick(&files);
+                let offset = match self.below(3) {
+                    0 => size(&path),
+                    _ => self.below(size(&path).max(1) + 5000),
+                };
+                let length = match self.below(3) {
+                    0 => 1 + self.below(300),
+                    1 => 4096,
+                    _ => 1 + self.below(40_000),
+                };
+                Operation::Write { path, offset, length, tag }
+            }
+            14 | 15 => {
+                let path = self.pick(&files);
+                let size = self.below(size(&path) * 2 + 1000);
+                Operation::Truncate { path, size }
+            }
+            16 => {
+                let path = self.pick(&files);
+                let (offset, length) = (self.below(size(&path) + 1), 1 + self.below(9000));
+                Operation::Punch { path, offset, length }
+            }
+            17 | 18 => unlink(&self.pick(&files)),
+            19 => Operation::RemoveDirectory { path: self.pick(&folders) },
+            20 | 21 => rename(&self.pick(&all), &fresh),
+            22 => rename(&self.pick(&files), &self.pick(&files)),
+            23 => Operation::Exchange { one: self.pick(&all), other: self.pick(&all) },
+            24 => Operation::Link { existing: self.pick(&files), path: fresh },
+            25 => Operation::SymbolicLink { path: fresh, target: format!("target-{tag}") },
+            26 => Operation::ChangeMode { path: self.pick(&files), mode: self.below(0o1000) as u16 },
+            27 => Operation::SetXattr {
+                path: self.pick(&files),
+                name: format!("user.{}", tag % 3),
+                value: tag.to_string(),
+            },
+            28 => fsync(&self.pick(&files)),
+            29 => Operation::FsyncDirectory { path: folder },
+            30 => Operation::Sync,
+            _ => Operation::Settle,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fixed_workloads_succeed_in_the_model() {
+        for (name, workload) in all() {
+            let mut model = Model::new(4096);
+            for operation in &workload {
+                model.begin(operation).unwrap_or_else(|errno| panic!("{name}: {operation:?}: {errno}"));
+                model.acknowledge(operation);
+            }
+        }
+    }
+
+    #[test]
+    fn random_workloads_are_varied_and_depend_on_the_seed_alone() {
+        assert_eq!(random(1, 100), random(1, 100));
+        assert_ne!(random(1, 100), random(2, 100));
+        let mut model = Model::new(4096);
+        let failed = random(3, 500).iter().filter(|operation| model.begin(operation).is_err()).count();
+        assert!((1..250).contains(&failed), "{failed} of 500 fail");
+        assert!(model.tree().len() > 5);
+    }
+}
