@@ -104,6 +104,10 @@ pub(super) fn fill(
     request: &FillRequest,
 ) -> Result<Option<Error>> {
     let widen = |range: &Range<u64>| {
+        if blocking.is_some() {
+            // The guard covers what its holder changes, and no more.
+            return range.clone();
+        }
         let bytes = source.widen(space.bytes_of(range));
         let blocks = space.blocks_of(&bytes);
         blocks.start.min(range.start)..blocks.end.max(range.end).min(request.end.max(range.end))

@@ -89,8 +89,9 @@ pub fn punch(context: &WriteContext<'_>, blocking: &BlockGuard<'_>, offset: u64,
     let last_whole = if end == u64::MAX { end } else { end / block * block };
     let mut punched = Punched::default();
     let mut zero = |range: Range<u64>| -> Result<()> {
-        // Nothing is behind the end of the file but zeros.
-        if !range.is_empty() && range.start < context.end_of_file {
+        // A block that starts behind the end of the file holds nothing. The one that the file ends in may, on disk: a size that
+        // was cut durably before the zeroed block was written.
+        if !range.is_empty() && range.start / block * block < context.end_of_file {
             punched.newly_dirty_blocks += zero_within_block(context, blocking, range)?.newly_dirty_blocks;
         }
         Ok(())

@@ -1,7 +1,7 @@
 //! The readahead window: a pure function of the accesses so far.
 //!
 //! It is asked on a **miss** and when a reader reaches a **marker** (the start of the last window: time to fetch the next one while this
-//! one is read); a hit elsewhere asks nothing. It knows up to [`STREAMS_MAX`] streams of one open file at once, so interleaved readers
+//! one is read); a hit elsewhere asks nothing. It tells up to [`STREAMS_MAX`] streams of one open file apart, so interleaved readers
 //! do not disturb each other. A stream is sequential (tolerant of reordering inside a window, since the kernel's READs arrive on several
 //! threads), backward, or strided. Windows double up to the limit; their ends are aligned, so that long streams get the largest folios.
 
@@ -12,7 +12,7 @@ use smallvec::SmallVec;
 use crate::sync::Mutex;
 
 /// Streams of one open file that are told apart.
-pub const STREAMS_MAX: usize = 8;
+pub const STREAMS_MAX: usize = 16;
 
 /// What bounds a window, in blocks.
 #[derive(Clone, Copy, Debug)]
@@ -99,43 +99,60 @@ impl Streams {
             let stream = &self.streams[number];
             (matches!(stream.kind, Kind::Fresh { .. }), std::cmp::Reverse(stream.last_use))
         });
-        for &number in &order {
-            if let Some(decision) = self.streams[number].try_miss(wanted, limits) {
-                self.streams[number].last_use = clock;
-                return decision;
+        // Neighbours before strides: several sequential readers in turn look like a strided one.
+        for strided in [false, true] {
+            for &number in &order {
+                if let Some(decision) = self.streams[number].try_miss(wanted, limits, strided) {
+                    self.streams[number].last_use = clock;
+                    return decision;
+                }
             }
         }
-        // The start of a file is taken for the start of a sequential read.
-        let mut stream = Stream { kind: Kind::Fresh { step: 0 }, planned: wanted.clone(), window: 0, last_use: clock };
-        let mut decision = Decision::default();
-        if wanted.start == 0 {
-            decision = stream.start_forward(wanted, limits);
-        } else if let Some(&newest) = order.iter().max_by_key(|&&number| self.streams[number].last_use) {
-            // Perhaps the second piece of a strided read: remember the distance.
-            let before = &mut self.streams[newest];
-            if matches!(before.kind, Kind::Fresh { .. }) && length(&before.planned) == length(wanted) {
-                let step = distance(before.planned.start, wanted.start);
-                before.kind = Kind::Fresh { step };
-                before.planned = wanted.clone();
-                before.last_use = clock;
-                return decision;
+        // The start of a file is taken for the start of a sequential read. Anything else is perhaps the next piece of a strided one:
+        // remember the distance from the piece before.
+        let newest = order.iter().map(|&number| &self.streams[number]).max_by_key(|stream| stream.last_use);
+        let step = match newest {
+            Some(before) if matches!(before.kind, Kind::Fresh { .. }) && length(&before.planned) == length(wanted) => {
+                distance(before.planned.start, wanted.start)
             }
-        }
+            _ => 0,
+        };
+        let mut stream = Stream { kind: Kind::Fresh { step }, planned: wanted.clone(), window: 0, last_use: clock };
+        let decision = if wanted.start == 0 { stream.start_forward(wanted, limits) } else { Decision::default() };
+        self.remember(stream);
+        decision
+    }
+
+    /// Adds a stream. Single accesses push each other out before they push out a stream that has a direction.
+    fn remember(&mut self, stream: Stream) {
+        let is_fresh = |stream: &Stream| matches!(stream.kind, Kind::Fresh { .. });
         if self.streams.len() < STREAMS_MAX {
             self.streams.push(stream);
-        } else if let Some(oldest) = self.streams.iter_mut().min_by_key(|stream| stream.last_use) {
-            *oldest = stream;
+            return;
         }
-        decision
+        let many_fresh = self.streams.iter().filter(|stream| is_fresh(stream)).count() >= STREAMS_MAX / 2;
+        let victim = self
+            .streams
+            .iter_mut()
+            .filter(|stream| !many_fresh || is_fresh(stream))
+            .min_by_key(|stream| stream.last_use);
+        if let Some(victim) = victim {
+            *victim = stream;
+        }
     }
 
     fn marker(&mut self, block: u64, limits: &Limits) -> Decision {
         let clock = self.clock;
-        let Some(stream) = self.streams.iter_mut().find(|stream| match stream.kind {
-            Kind::Fresh { .. } => false,
-            Kind::Forward | Kind::Backward => stream.planned.contains(&block),
-            Kind::Strided { .. } => stream.planned.contains(&block),
-        }) else {
+        // A strided stream spans the blocks of others: it is asked last.
+        let rank = |stream: &Stream| match stream.kind {
+            Kind::Fresh { .. } => None,
+            _ if !stream.planned.contains(&block) => None,
+            Kind::Forward | Kind::Backward => Some(0),
+            Kind::Strided { .. } => Some(1),
+        };
+        let Some((_, stream)) =
+            self.streams.iter_mut().filter_map(|stream| Some((rank(stream)?, stream))).min_by_key(|(rank, _)| *rank)
+        else {
             return Decision::default();
         };
         stream.last_use = clock;
@@ -165,10 +182,10 @@ fn distance(from: u64, to: u64) -> i64 {
 }
 
 impl Stream {
-    fn try_miss(&mut self, wanted: &Range<u64>, limits: &Limits) -> Option<Decision> {
+    fn try_miss(&mut self, wanted: &Range<u64>, limits: &Limits, strided: bool) -> Option<Decision> {
         let count = length(wanted);
         match self.kind {
-            Kind::Forward => {
+            Kind::Forward if !strided => {
                 let near = self.planned.start..=self.planned.end.saturating_add(self.window);
                 if !near.contains(&wanted.start) {
                     return None;
@@ -178,10 +195,9 @@ impl Stream {
                     let end = self.planned.end.min(wanted.start + self.window.max(count));
                     return Some(Decision { ranges: smallvec::smallvec![wanted.start..end], marker: None });
                 }
-                let start = self.planned.end.min(wanted.start);
-                Some(self.next_forward(start.max(self.planned.end.min(wanted.start)), wanted.end, limits, false))
+                Some(self.next_forward(self.planned.end.min(wanted.start), wanted.end, limits, false))
             }
-            Kind::Backward => {
+            Kind::Backward if !strided => {
                 let near =
                     wanted.end <= self.planned.end && wanted.end.saturating_add(self.window) >= self.planned.start;
                 near.then(|| {
@@ -192,7 +208,7 @@ impl Stream {
                     }
                 })
             }
-            Kind::Strided { step, pieces } => {
+            Kind::Strided { step, pieces } if strided => {
                 let next = if step > 0 {
                     self.planned.end.checked_add_signed(step)?.checked_sub(self.window)?
                 } else {
@@ -201,12 +217,8 @@ impl Stream {
                 (wanted.start == next && count == self.window)
                     .then(|| self.next_strided(next, count, step, pieces * 2, limits))
             }
-            Kind::Fresh { step } => {
-                let slack = count * 8;
-                if wanted.start >= self.planned.end
-                    && wanted.start - self.planned.end <= slack
-                    && wanted.start < self.planned.end + count
-                {
+            Kind::Fresh { .. } if !strided => {
+                if wanted.start >= self.planned.end && wanted.start - self.planned.end < count {
                     return Some(self.start_forward(wanted, limits));
                 }
                 if wanted.end <= self.planned.start && self.planned.start - wanted.end < count {
@@ -215,12 +227,14 @@ impl Stream {
                     self.planned = wanted.clone();
                     return Some(self.next_backward(wanted.end, limits));
                 }
-                if step != 0 && count == length(&self.planned) && distance(self.planned.start, wanted.start) == step {
-                    self.window = count;
-                    return Some(self.next_strided(wanted.start, count, step, 4, limits));
-                }
                 None
             }
+            Kind::Fresh { step } => {
+                let repeats =
+                    step != 0 && count == length(&self.planned) && distance(self.planned.start, wanted.start) == step;
+                repeats.then(|| self.next_strided(wanted.start, count, step, 4, limits))
+            }
+            Kind::Forward | Kind::Backward | Kind::Strided { .. } => None,
         }
     }
 
@@ -247,7 +261,7 @@ impl Stream {
         Decision { ranges: smallvec::smallvec![start..end], marker: (marker < end.min(limits.end)).then_some(marker) }
     }
 
-    /// The window that ends at `end`, twice as long as the last one; marked at its end, where a backward reader enters it.
+    /// The window that ends at `end`, twice as long as the last one; marked in its middle.
     fn next_backward(&mut self, end: u64, limits: &Limits) -> Decision {
         if end == 0 {
             return Decision::default();
@@ -257,7 +271,7 @@ impl Stream {
         let start = end.saturating_sub(self.window) / unit * unit;
         let start = if end - start > limits.window_max && start + unit < end { start + unit } else { start };
         self.planned = start..end;
-        Decision { ranges: smallvec::smallvec![start..end], marker: (start > 0).then_some(start) }
+        Decision { ranges: smallvec::smallvec![start..end], marker: (start > 0).then_some(start + (end - start) / 2) }
     }
 
     fn next_strided(&mut self, first: u64, count: u64, step: i64, pieces: u64, limits: &Limits) -> Decision {

@@ -109,13 +109,13 @@ impl AddressSpace {
         &self.errors
     }
 
-    /// Takes **block** for `range` (bytes): nobody fills or inserts until it is dropped. The caller holds the inode's lock as the
+    /// Takes **block** for `range` (bytes, rounded out to blocks): nobody fills or inserts until it is dropped. The caller holds the inode's lock as the
     /// table of [`super`] says, and no other lock of the cache.
     ///
     /// # Errors
     /// What a simulated wait fails with.
     pub fn block(&self, range: Range<u64>) -> Result<BlockGuard<'_>> {
-        let guard = self.add_lock.block(range)?;
+        let guard = self.add_lock.block(self.bytes_of(&self.blocks_of(&range)))?;
         self.bump_sequence();
         Ok(guard)
     }
@@ -123,7 +123,7 @@ impl AddressSpace {
     /// Takes **block** if that needs no waiting.
     #[must_use]
     pub fn try_block(&self, range: Range<u64>) -> Option<BlockGuard<'_>> {
-        let guard = self.add_lock.try_block(range)?;
+        let guard = self.add_lock.try_block(self.bytes_of(&self.blocks_of(&range)))?;
         self.bump_sequence();
         Some(guard)
     }

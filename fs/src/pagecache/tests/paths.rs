@@ -1,0 +1,201 @@
+//! Single paths: what a hit costs, what a bad block costs, what reclaim keeps, how memory stays bounded.
+
+use super::*;
+use crate::sync::lock_count;
+
+#[test]
+fn a_warm_read_of_one_mebibyte_is_one_reference_and_no_lock() {
+    let bench = Bench::new(1, CacheOptions::new(256 << 20));
+    let file = bench.file_with(1, 16 << 20);
+    for offset in (0..16 << 20).step_by(128 << 10) {
+        file.read(offset, 128 << 10).unwrap();
+    }
+    for offset in (4 << 20..15 << 20).step_by(1 << 20) {
+        let (locks, added) = (lock_count(), bench.metrics.pagecache_add_taken.get());
+        let mut pages = PageBatch::new();
+        let outcome = read_iter(&file.context(), offset, 1 << 20, &mut pages);
+        assert_eq!(lock_count() - locks, 0, "a hit takes no lock");
+        assert_eq!(outcome.bytes, 1 << 20);
+        assert_eq!(pages.reference_count(), 1, "at {offset}");
+        assert_eq!(pages.as_single().unwrap().len(), 1 << 20);
+        drop(pages);
+        assert_eq!(lock_count() - locks, 0, "nor does letting go");
+        assert_eq!(bench.metrics.pagecache_add_taken.get(), added);
+    }
+}
+
+#[test]
+fn a_sequential_read_takes_few_batches() {
+    let bench = Bench::new(1, CacheOptions::new(256 << 20));
+    let file = bench.file_with(1, 64 << 20);
+    for offset in (0..64 << 20).step_by(128 << 10) {
+        assert_eq!(file.read(offset, 128 << 10).unwrap()[..8], pattern(1, offset / BLOCK)[..8]);
+    }
+    let batches = file.store.batches.lock().len();
+    assert!(batches <= 64 / 4 + 8, "{batches} batches");
+    assert_eq!(file.store.batches.lock().iter().flatten().map(|range| range.end - range.start).sum::<u64>(), 64 << 20);
+}
+
+#[test]
+fn one_bad_block_costs_one_block() {
+    let bench = Bench::new(1, CacheOptions::new(64 << 20));
+    let file = bench.file_with(1, 1 << 20);
+    file.store.bad.lock().insert(77);
+    let mut bytes = vec![0; 1 << 20];
+    let outcome = read_iter(&file.context(), 0, 1 << 20, &mut CopySink::new(&mut bytes));
+    assert_eq!(outcome.bytes, 77 * BLOCK);
+    assert!(outcome.error.unwrap().to_string().contains("block 77"));
+    let batches = file.store.batches.lock().len();
+    assert_eq!(file.read(78 * BLOCK, 100 * BLOCK).unwrap()[..8], pattern(1, 78)[..8]);
+    assert_eq!(file.store.batches.lock().len(), batches, "the neighbours came with the first batch");
+    file.store.bad.lock().clear();
+    assert_eq!(file.read(76 * BLOCK, 3 * BLOCK).unwrap()[4096..4104], pattern(1, 77)[..8]);
+}
+
+#[test]
+fn only_insert_takes_add_and_a_write_hit_does_not() {
+    let bench = Bench::new(1, CacheOptions::new(64 << 20));
+    let file = bench.file_with(1, 1 << 20);
+    file.read(0, 1 << 20).unwrap();
+    let added = bench.metrics.pagecache_add_taken.get();
+    file.write(5000, &[1; 100_000]).unwrap();
+    file.write(5000, &[2; 100_000]).unwrap();
+    assert_eq!(bench.metrics.pagecache_add_taken.get(), added);
+    file.write(2 << 20, &[3; 8192]).unwrap();
+    assert!(bench.metrics.pagecache_add_taken.get() > added);
+}
+
+#[test]
+fn a_write_under_a_reference_replaces_only_what_it_changes() {
+    let bench = Bench::new(1, CacheOptions::new(64 << 20));
+    let file = bench.file_with(1, 1 << 20);
+    file.read(0, 1 << 20).unwrap();
+    let pages = file.collect(0, 1 << 20).unwrap();
+    let before = pages.to_vec();
+    let used = bench.cache.used_bytes();
+    file.write(10 * BLOCK + 7, &[9; 50]).unwrap();
+    assert_eq!(bench.cache.used_bytes() - used, BLOCK, "one block of new memory");
+    assert_eq!(pages.to_vec(), before, "what was collected does not change");
+    let now = file.read(0, 1 << 20).unwrap();
+    assert_eq!(now[10 * 4096 + 7..10 * 4096 + 57], [9; 50]);
+    assert_eq!(now[..10 * 4096 + 7], before[..10 * 4096 + 7]);
+    assert_eq!(now[10 * 4096 + 57..], before[10 * 4096 + 57..]);
+    assert_eq!(file.store.batches.lock().iter().flatten().map(|range| range.end - range.start).sum::<u64>(), 1 << 20);
+}
+
+#[test]
+fn a_scan_does_not_evict_a_hot_set_that_fits() {
+    let budget = 32 << 20;
+    let bench = Bench::new(1, CacheOptions::new(budget));
+    let hot = bench.file_with(1, 16 << 20);
+    for _ in 0..3 {
+        for offset in (0..16 << 20).step_by(64 << 10) {
+            hot.read(offset, 64 << 10).unwrap();
+        }
+    }
+    let scanned = bench.file_with(2, 4 * budget);
+    for offset in (0..4 * budget).step_by(128 << 10) {
+        scanned.read(offset, 128 << 10).unwrap();
+    }
+    let misses = bench.metrics.pagecache_misses.get();
+    for offset in (0..16 << 20).step_by(64 << 10) {
+        hot.read(offset, 64 << 10).unwrap();
+    }
+    let missed = bench.metrics.pagecache_misses.get() - misses;
+    assert_eq!(missed, 0, "the scan threw hot folios out");
+    assert!(bench.cache.peak_bytes() <= budget);
+}
+
+#[test]
+fn a_refault_is_seen_and_kept() {
+    let budget = 4 << 20;
+    let bench = Bench::new(1, CacheOptions::new(budget));
+    let file = bench.file_with(1, budget);
+    let read = |offset: u64| {
+        let context = ReadContext { readahead: None, ..file.context() };
+        let mut pages = PageBatch::new();
+        assert!(read_iter(&context, offset, BLOCK, &mut pages).error.is_none());
+    };
+    read(0);
+    bench.cache.evict_all_clean();
+    assert_eq!(bench.metrics.pagecache_refaults.get(), 0);
+    read(0);
+    assert_eq!(bench.metrics.pagecache_refaults.get(), 1);
+}
+
+#[test]
+fn writing_far_more_than_the_budget_stays_in_it() {
+    let budget = 2 << 20;
+    let bench = Bench::new(7, CacheOptions::new(budget));
+    let file = bench.file(1, 0);
+    for round in 0..64_u64 {
+        file.write(round << 20, &vec![round as u8; 1 << 20]).unwrap();
+        assert!(bench.cache.dirty_bytes() + bench.cache.writeback_bytes() <= budget / 4);
+    }
+    assert!(bench.cache.peak_bytes() <= budget, "{}", bench.cache.peak_bytes());
+    assert!(bench.metrics.pagecache_writer_throttled.get() > 0);
+    for round in 0..64_u64 {
+        assert_eq!(file.read(round << 20, 10).unwrap(), [round as u8; 10]);
+    }
+}
+
+#[test]
+fn a_block_redirtied_in_writeback_stays_dirty_and_errors_lose_nothing() {
+    let bench = Bench::new(1, CacheOptions::new(64 << 20));
+    let file = bench.file(1, 0);
+    file.write(0, &[1; 8192]).unwrap();
+    let mut cursor = file.space.errors().cursor();
+    let run = collect_dirty(&file.space, 0..u64::MAX, u64::MAX).pop().unwrap();
+    assert_eq!((run.offset(), run.length(), run.units()), (0, 8192, 6));
+    file.write(0, &[2; 4096]).unwrap();
+    assert_eq!(run.slices().flatten().filter(|&&byte| byte == 1).count(), 8192, "the run's bytes are stable");
+    assert!(collect_dirty(&file.space, 0..u64::MAX, u64::MAX).is_empty(), "its next version waits for this one");
+    assert_eq!(file.space.unwritten_ranges(&(0..u64::MAX)), vec![0..8192]);
+    assert_eq!(run.complete(Err(Error::ReadOnly)), 3, "the units of the block that was written again");
+    assert!(file.space.errors().check(&mut cursor).is_err());
+    assert!(file.space.errors().check(&mut cursor).is_ok());
+    let run = collect_dirty(&file.space, 0..u64::MAX, u64::MAX).pop().unwrap();
+    let bytes: Vec<u8> = run.slices().flatten().copied().collect();
+    assert_eq!((bytes[0], bytes[8191], run.units()), (2, 1, 6));
+    assert_eq!(run.complete(Ok(())), 0);
+    assert!(bench.cache.dirty_spaces(9, None).is_empty());
+}
+
+#[test]
+fn a_direct_reads_sequence_moves_with_each_change() {
+    let bench = Bench::new(1, CacheOptions::new(64 << 20));
+    let file = bench.file(1, 0);
+    let first = file.space.sample_sequence().unwrap();
+    {
+        let _guard = file.space.block(0..10).unwrap();
+        assert_eq!(file.space.sample_sequence(), None, "a blocker is inside");
+    }
+    assert_ne!(file.space.sample_sequence(), Some(first));
+    let second = file.space.sample_sequence();
+    file.write(0, &[1; 100]).unwrap();
+    file.write_back(u64::MAX, false);
+    assert_ne!(file.space.sample_sequence(), second, "writeback's commit is a change");
+}
+
+#[test]
+fn a_latched_cache_throws_writers_out() {
+    let bench = Bench::new(1, CacheOptions { dirty_limit_bytes: Some(8 * BLOCK), ..CacheOptions::new(1 << 20) });
+    bench.env.unregister_all();
+    let file = bench.file(1, 0);
+    file.write(0, &[1; 8 * 4096]).unwrap();
+    bench.cache.latch(Error::Latched { reason: "a test".into() });
+    assert!(matches!(file.write(1 << 20, &[1; 4096]), Err(Error::Latched { .. })));
+}
+
+#[test]
+fn interleaved_readers_of_one_file_do_not_disturb_each_other() {
+    let bench = Bench::new(1, CacheOptions::new(512 << 20));
+    let file = bench.file_with(1, 128 << 20);
+    for step in 0..256_u64 {
+        for stream in 0..4_u64 {
+            file.read((stream << 25) + step * (128 << 10), 128 << 10).unwrap();
+        }
+    }
+    let batches = file.store.batches.lock().len();
+    assert!(batches <= 128 / 4 + 40, "{batches} batches");
+}
