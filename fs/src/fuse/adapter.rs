@@ -25,6 +25,7 @@ use super::attributes::{self, LIFETIME};
 use super::init::{self, Negotiated};
 use super::operations::{Operations, PageBatch};
 use crate::error::{Error, Result};
+use crate::metrics::Metrics;
 use crate::options::CacheMode;
 use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Arc, Mutex};
@@ -90,7 +91,6 @@ impl<O: Operations> Adapter<O> {
             Err(payload) => payload,
         };
         let message = panic_message(payload.as_ref());
-        self.operations.metrics().vfs_panics.increment();
         tracing::error!(operation, message, "a request panicked: it fails with EIO, the filesystem becomes read-only");
         if catch_unwind(AssertUnwindSafe(|| self.operations.request_panicked(operation, message))).is_err() {
             tracing::error!("latching read-only panicked, too");
@@ -172,24 +172,17 @@ fn reply_sized(reply: ReplyXattr, size: u32, result: Result<Vec<u8>, Errno>) {
 }
 
 /// Sends what was read: one run as it lies in memory, several gathered into one buffer (fuser's reply takes one slice).
-fn reply_pages<O: Operations>(operations: &O, reply: ReplyData, pages: &O::Pages) {
-    let metrics = operations.metrics();
-    match pages.slice_count() {
-        0 => reply.data(&[]),
-        1 => {
-            let bytes = pages.slice(0);
-            metrics.reply_bytes_referenced.add(bytes.len() as u64);
-            reply.data(bytes);
-        }
-        count => GATHERED.with_borrow_mut(|gathered| {
-            gathered.clear();
-            for index in 0..count {
-                gathered.extend_from_slice(pages.slice(index));
-            }
-            metrics.reply_bytes_copied.add(gathered.len() as u64);
-            reply.data(gathered);
-        }),
+fn reply_pages(metrics: &Metrics, reply: ReplyData, pages: &impl PageBatch) {
+    if let Some(bytes) = pages.as_single() {
+        metrics.reply_bytes_referenced.add(bytes.len() as u64);
+        return reply.data(bytes);
     }
+    GATHERED.with_borrow_mut(|gathered| {
+        gathered.clear();
+        pages.for_each_slice(&mut |bytes| gathered.extend_from_slice(bytes));
+        metrics.reply_bytes_copied.add(gathered.len() as u64);
+        reply.data(gathered);
+    });
 }
 
 impl<O: Operations> fuser::Filesystem for Adapter<O> {
@@ -356,7 +349,7 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
             direct: flags.0 & libc::O_DIRECT != 0,
         };
         match self.run("read", |operations| operations.read(&caller(request, 0), &read)) {
-            Ok(pages) => reply_pages(&*self.operations, reply, &pages),
+            Ok(pages) => reply_pages(self.operations.metrics(), reply, &pages),
             Err(errno) => reply.error(errno),
         }
     }

@@ -85,13 +85,19 @@ pub struct MemoryFilesystem {
 #[derive(Debug)]
 pub struct MemoryPages(Vec<(StdArc<Vec<u8>>, usize, usize)>);
 
+impl MemoryPages {
+    fn slices(&self) -> impl Iterator<Item = &[u8]> {
+        self.0.iter().filter_map(|(block, from, to)| block.get(*from..*to))
+    }
+}
+
 impl PageBatch for MemoryPages {
-    fn slice_count(&self) -> usize {
-        self.0.len()
+    fn as_single(&self) -> Option<&[u8]> {
+        if self.0.len() > 1 { None } else { Some(self.slices().next().unwrap_or_default()) }
     }
 
-    fn slice(&self, index: usize) -> &[u8] {
-        self.0.get(index).and_then(|(block, from, to)| block.get(*from..*to)).unwrap_or_default()
+    fn for_each_slice(&self, each: &mut dyn FnMut(&[u8])) {
+        self.slices().for_each(each);
     }
 }
 
@@ -413,6 +419,7 @@ impl Operations for MemoryFilesystem {
     }
 
     fn request_panicked(&self, _: &'static str, _: &str) {
+        self.metrics.vfs_panics.increment();
         self.read_only.store(true, Ordering::Relaxed);
     }
 
@@ -784,9 +791,9 @@ impl Operations for MemoryFilesystem {
         let pages = MemoryPages(read_blocks(blocks, size, request.source_offset, request.length_bytes));
         let target = node_mut(&mut state, request.target_node)?;
         let mut offset = request.target_offset;
-        for index in 0..pages.slice_count() {
-            write_blocks(blocks_mut(target)?, offset, pages.slice(index));
-            offset += pages.slice(index).len() as u64;
+        for bytes in pages.slices() {
+            write_blocks(blocks_mut(target)?, offset, bytes);
+            offset += bytes.len() as u64;
         }
         let size = target.attributes.size_bytes.max(offset);
         after_change(target, size)?;

@@ -16,6 +16,7 @@ mod memory_filesystem;
 pub mod mounts;
 mod operations;
 mod session;
+mod vfs;
 #[cfg(test)]
 mod tests;
 

@@ -23,19 +23,19 @@ use crate::vfs::{
 
 /// Ordered runs of bytes that a reply refers to, kept alive by this value: references to folios, or a buffer.
 pub trait PageBatch {
-    /// Number of runs.
-    fn slice_count(&self) -> usize;
-    /// The run with this index, or nothing past the last.
-    fn slice(&self, index: usize) -> &[u8];
+    /// All bytes, if they lie in one piece: a reply that needs no copy.
+    fn as_single(&self) -> Option<&[u8]>;
+    /// Calls `each` for every run, in order.
+    fn for_each_slice(&self, each: &mut dyn FnMut(&[u8]));
 }
 
-impl PageBatch for Vec<u8> {
-    fn slice_count(&self) -> usize {
-        1
+impl PageBatch for crate::pagecache::PageBatch {
+    fn as_single(&self) -> Option<&[u8]> {
+        self.as_single()
     }
 
-    fn slice(&self, index: usize) -> &[u8] {
-        if index == 0 { self } else { &[] }
+    fn for_each_slice(&self, each: &mut dyn FnMut(&[u8])) {
+        self.slices().for_each(each);
     }
 }
 
@@ -47,7 +47,7 @@ pub trait Operations: Send + Sync + 'static {
     /// The counters of this filesystem.
     fn metrics(&self) -> &Metrics;
 
-    /// A request panicked: latch read-only. `operation` names it, `message` is the panic's.
+    /// A request panicked: count it, and latch read-only. `operation` names it, `message` is the panic's.
     fn request_panicked(&self, operation: &'static str, message: &str);
 
     /// Finds a name in a directory. "." and ".." are asked for by NFS export, "." also for nodes never seen in this session

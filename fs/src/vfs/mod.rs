@@ -263,4 +263,3 @@ impl Vfs {
         if self.options.read_only || self.check_writable().is_err() { Ok(()) } else { self.write_back_all() }
     }
 }
-
