@@ -1,3 +1,5 @@
+//! Files and disks in every way of doing I/O: against a vector, locks, loop devices, truncation, panics.
+
 use std::os::unix::fs::FileExt;
 use std::process::Command;
 

@@ -1,3 +1,5 @@
+//! The harness passes a correct filesystem and catches broken ones.
+
 use super::toy::{Bug, Toy};
 use super::*;
 use crate::workloads;

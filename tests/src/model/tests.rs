@@ -1,3 +1,5 @@
+//! What the oracle allows and what it refuses, rule by rule.
+
 use super::*;
 
 const BLOCK: u64 = 4096;

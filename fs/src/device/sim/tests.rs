@@ -1,3 +1,5 @@
+//! The simulated device against a plain model, its crash plans, and each of its faults.
+
 use std::collections::{BTreeSet, HashSet};
 
 use proptest::prelude::*;
