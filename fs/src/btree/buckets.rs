@@ -42,7 +42,7 @@ impl Forest {
                 .is_some_and(|image| !content.rewrite && self.append_fits(image, content.recent_bytes));
             full += usize::from(!appends);
         }
-        (full + full / 8 + 16) * self.limits.copies
+        (full + full / 8 + 8) * self.limits.copies
     }
 
     /// Makes sure of `slots` free slots if buckets can be had. Returns up to where the journal must be durable for what was claimed.

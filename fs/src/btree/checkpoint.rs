@@ -92,7 +92,7 @@ impl Forest {
     /// Waits, if too many nodes are dirty, until a checkpoint has cleaned some. Call it before a commit, with no locks held.
     ///
     /// # Errors
-    /// [`Error::Latched`] if checkpoints have failed.
+    /// [`Error::Latched`] if checkpoints have failed; [`Error::NoSpace`] if they find no space.
     pub fn wait_for_dirty_room(&self) -> Result<()> {
         self.check_failure()?;
         if self.dirty_bytes() <= self.dirty_bytes_max {
@@ -110,7 +110,12 @@ impl Forest {
             (room || self.checkpoints_done.load(Ordering::Relaxed) != seen || self.failure.lock().is_some())
                 .then_some(())
         })?;
-        self.check_failure()
+        self.check_failure()?;
+        // A checkpoint ended and this much is dirty still: it found no space. Memory must stay bounded.
+        if self.dirty_bytes() > self.dirty_bytes_max.saturating_mul(2) {
+            return Err(Error::NoSpace("B-tree nodes cannot be written"));
+        }
+        Ok(())
     }
 
     /// Makes a checkpoint; waits for one that is running first. Holds no lock for longer than it takes to move a few pointers.
@@ -170,7 +175,10 @@ impl Forest {
         drop(attempt);
         log.release_before(older.0, older.1);
         self.metrics.checkpoints.increment();
-        self.give_back_surplus(needed)?;
+        // Nothing is logged after the checkpoint that closes a filesystem.
+        if reason != CheckpointReason::Close {
+            self.give_back_surplus(needed)?;
+        }
         Ok(outcome)
     }
 

@@ -8,6 +8,7 @@
 use super::node::{Content, Node};
 use super::{Forest, LeafTarget};
 use crate::error::{Error, Result};
+use crate::format::key::packed_bytes;
 use crate::format::{BtreeId, Position, Value};
 use crate::sync::atomic::Ordering;
 use crate::sync::{Arc, OwnedReadGuard, OwnedWriteGuard};
@@ -172,33 +173,37 @@ impl LockedLeaves<'_> {
     }
 
     /// The first leaf that has no room for its share of `updates` (tree, position, packed bytes; in order): what to give to
-    /// [`Forest::make_room`]. The position is in the middle of the leaf's updates, so that a transaction larger than a leaf is spread.
+    /// [`Forest::make_room`]. What the updates replace is taken off; a share that does not grow the leaf always fits. The position is in
+    /// the middle of the leaf's updates, so that a transaction larger than a leaf is spread.
     #[must_use]
     pub fn full_leaf(
         &self,
         updates: impl Iterator<Item = (BtreeId, Position, usize)>,
     ) -> Option<(BtreeId, Position, usize)> {
         let mut share: Vec<(BtreeId, Position)> = Vec::new();
-        let mut share_bytes = 0;
+        let (mut added_bytes, mut replaced_bytes) = (0usize, 0usize);
         let mut share_index = None;
-        let full = |share: &[(BtreeId, Position)], bytes| {
+        let full = |share: &[(BtreeId, Position)], growth_bytes: usize| {
             let &(btree, middle) = share.get(share.len() / 2)?;
-            (!self.room(btree, middle, bytes)).then_some((btree, middle, bytes))
+            (growth_bytes > 0 && !self.room(btree, middle, growth_bytes)).then_some((btree, middle, growth_bytes))
         };
         for (btree, position, bytes) in updates {
             let index = self.index(btree, position);
             if index != share_index {
-                if let Some(found) = full(&share, share_bytes) {
+                if let Some(found) = full(&share, added_bytes.saturating_sub(replaced_bytes)) {
                     return Some(found);
                 }
                 share.clear();
-                share_bytes = 0;
+                (added_bytes, replaced_bytes) = (0, 0);
                 share_index = index;
             }
+            let leaf = index.and_then(|index| self.leaves.get(index));
+            let replaced = leaf.and_then(|leaf| leaf.guard.content().get(position));
             share.push((btree, position));
-            share_bytes += bytes;
+            added_bytes += bytes;
+            replaced_bytes += replaced.map_or(0, |value| packed_bytes(Some(value.bytes())));
         }
-        full(&share, share_bytes)
+        full(&share, added_bytes.saturating_sub(replaced_bytes))
     }
 
     /// Puts a value, or deletes the key. The leaf is locked exclusively and has room. Cannot fail. Must happen before the journal
@@ -251,15 +256,15 @@ impl Forest {
         if btree == BtreeId::Buckets {
             self.replay_bucket(position, value.as_deref())?;
         }
-        let bytes = crate::format::key::packed_bytes(value.as_deref());
+        let bytes = packed_bytes(value.as_deref());
         loop {
             let mut leaves = self.lock_leaves(&mut vec![LeafTarget { btree, position, write: true }])?;
-            if value.is_none() || leaves.room(btree, position, bytes) {
+            let Some((.., growth_bytes)) = leaves.full_leaf(std::iter::once((btree, position, bytes))) else {
                 leaves.put(btree, position, value, sequence);
                 return Ok(());
-            }
+            };
             drop(leaves);
-            self.make_room(btree, position, bytes)?;
+            self.make_room(btree, position, growth_bytes)?;
         }
     }
 }

@@ -29,8 +29,11 @@ impl Forest {
         for _ in 0..MERGES_MAX {
             // Leaves first: what that makes of their parents is seen in the same go.
             let Some((level, btree, minimum)) = self.small_nodes.lock().pop_first() else { break };
-            self.merge_small((level, btree, minimum))?;
-            self.collapse_root(btree)?;
+            match self.merge_small((level, btree, minimum)).and_then(|()| self.collapse_root(btree)) {
+                // A neighbour that cannot be read stays alone: it must not keep all others from being written.
+                Err(error) if error.is_media_error() => tracing::warn!("nodes are not merged: {error}"),
+                other => other?,
+            }
         }
         Ok(())
     }

@@ -62,8 +62,8 @@ type BucketKey = (u8, u64);
 pub(super) struct NodeSpace {
     bucket_bytes: u64,
     node_bytes: u64,
-    /// First bucket of each device's upper half.
-    halves: Vec<u64>,
+    /// Buckets of each device.
+    bucket_counts: Vec<u64>,
     buckets: BTreeMap<BucketKey, BucketSlots>,
     /// Those with a free slot.
     with_free: BTreeSet<BucketKey>,
@@ -76,7 +76,7 @@ impl NodeSpace {
         Self {
             bucket_bytes: u64::from(superblock.geometry.bucket_bytes),
             node_bytes: u64::from(superblock.geometry.node_bytes),
-            halves: superblock.members.iter().map(|member| member.bucket_count / 2).collect(),
+            bucket_counts: superblock.members.iter().map(|member| member.bucket_count).collect(),
             buckets: BTreeMap::new(),
             with_free: BTreeSet::new(),
             page_fill: Vec::new(),
@@ -133,7 +133,8 @@ impl NodeSpace {
     pub fn load_newest(&mut self, page: usize, entries: &[MapEntry]) -> Result<()> {
         for entry in entries {
             let device = usize::from(entry.device);
-            if entry.used & !self.mask() != 0 || self.halves.get(device).is_none_or(|half| entry.bucket > half * 2 + 1)
+            if entry.used & !self.mask() != 0
+                || self.bucket_counts.get(device).is_none_or(|&count| entry.bucket >= count)
             {
                 let problem = format!("bucket {} of device {}: slots {:#x}", entry.bucket, entry.device, entry.used);
                 return Err(Error::corrupt("node-space map", problem));
@@ -201,7 +202,7 @@ impl NodeSpace {
     }
 
     fn half(&self, key: BucketKey) -> bool {
-        self.halves.get(usize::from(key.0)).is_some_and(|&half| key.1 >= half)
+        self.bucket_counts.get(usize::from(key.0)).is_some_and(|&count| key.1 >= count / 2)
     }
 
     /// The first bucket with a free slot for which `suits`. Lower buckets fill first, so that upper ones empty.
@@ -217,7 +218,7 @@ impl NodeSpace {
             let fresh = |key: BucketKey| !keys.contains(&key);
             let other_device = |key: BucketKey| keys.iter().all(|taken| taken.0 != key.0);
             let mut found = None;
-            if copy > 0 && self.halves.len() > 1 {
+            if copy > 0 && self.bucket_counts.len() > 1 {
                 found = self.first_free(|key| fresh(key) && other_device(key));
             }
             let wanted_half = copy % 2 == 1;

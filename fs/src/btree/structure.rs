@@ -68,6 +68,11 @@ impl Forest {
         if content.level == 0 && content.minimum < position {
             return Ok(position);
         }
+        // Or all that is there goes to the right.
+        let first = content.all().next().map(|(first, _)| first);
+        if let Some(first) = first.filter(|&first| content.level == 0 && position < first) {
+            return Ok(first);
+        }
         Err(Error::Invalid(format!(
             "{bytes} bytes of keys at {position} do not fit a node of {} bytes",
             self.limits.node_bytes

@@ -6,7 +6,7 @@ use super::Forest;
 use super::checkpoint::CheckpointReason;
 use super::log::CheckpointLog;
 use crate::env::{Env, Event, Progress, Worker};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::sync::atomic::Ordering;
 use crate::sync::{Arc, Mutex};
 
@@ -65,8 +65,14 @@ impl Worker for CheckpointWorker {
         let reason = if asked { CheckpointReason::Requested } else { CheckpointReason::Periodic };
         let outcome = forest.run_checkpoint(&*self.log, reason);
         *self.last.lock() = env.monotonic();
-        outcome?;
-        Ok(Progress::Worked)
+        match outcome {
+            // Nothing is lost yet: space may be freed, and who needs it is told.
+            Err(Error::NoSpace(reason)) => {
+                tracing::error!("a checkpoint found no space: {reason}");
+                Ok(idle)
+            }
+            other => other.map(|_| Progress::Worked),
+        }
     }
 
     fn event(&self) -> &Event {

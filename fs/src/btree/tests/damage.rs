@@ -78,7 +78,7 @@ fn hostile_roots_are_damage() {
     let mut odd = pointer.clone();
     odd.copies[0].offset += 512;
     assert!(corrupt(&opening(&odd, 0)), "not a slot");
-    odd.copies[0].offset = u64::MAX & !8191;
+    odd.copies[0].offset = !8191;
     assert!(corrupt(&opening(&odd, 0)), "beyond the device");
     odd.copies[0] = NodeAddress { device: DeviceIndex(9), offset: 16 << 20 };
     assert!(corrupt(&opening(&odd, 0)), "no such device");

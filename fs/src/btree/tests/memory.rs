@@ -86,3 +86,19 @@ fn locked_leaves_show_ranges_inside_a_leaf_only() {
     assert_eq!(leaves.get(BtreeId::Devices, Position::MIN), None);
     assert!(!leaves.covers(BtreeId::Orphans, at(500)));
 }
+
+#[test]
+fn keys_of_almost_a_node_are_replaced_and_find_neighbours() {
+    let forest = forest();
+    let mut model = Model::new();
+    for round in 0..3u64 {
+        for index in (0..20u64).rev() {
+            let position = Position::new(index, 0, 0);
+            let value = value(round * 100 + index, 5500 + index as usize);
+            commit(&forest, &[(BtreeId::Xattrs, position, Some(value.clone()))], round * 100 + index + 1);
+            model.insert(position, value);
+        }
+    }
+    assert_equal(&forest, BtreeId::Xattrs, &model);
+    assert!(forest.metrics.btree_splits.get() < 40);
+}
