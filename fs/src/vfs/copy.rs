@@ -24,10 +24,12 @@ impl Vfs {
         if is_same && from < to.saturating_add(request.length_bytes) && to < from.saturating_add(request.length_bytes) {
             return Err(Errno::INVAL.into());
         }
+        // The end of the source as it is now: the copy itself may move it.
+        let length = request.length_bytes.min(source.inode.size().saturating_sub(from));
         let mut copied = 0;
-        let mut buffer = vec![0; usize::try_from(request.length_bytes.min(STEP_BYTES)).unwrap_or(0)];
-        while copied < request.length_bytes {
-            let wanted = (request.length_bytes - copied).min(STEP_BYTES);
+        let mut buffer = vec![0; usize::try_from(length.min(STEP_BYTES)).unwrap_or(0)];
+        while copied < length {
+            let wanted = (length - copied).min(STEP_BYTES);
             let step = self.copy_step(&source, &target, from + copied, to + copied, wanted, &mut buffer);
             match step {
                 Ok(0) => break,

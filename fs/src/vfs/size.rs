@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::format::namespace::{FileType, Inode};
 use crate::pagecache::{self, Punched, WriteContext};
 use crate::sync::Arc;
+use crate::units::round_down;
 
 impl Vfs {
     /// Sets a file's size, and the other attributes with it, in one transaction. The caller holds the inode lock exclusively.
@@ -41,7 +42,7 @@ impl Vfs {
         let from = size.min(old_size);
         // The last block may have to be zeroed: never refused, since truncation must work on a full filesystem.
         file.reserved.lock().merge(self.space.reserve_privileged(2 * file.pages.block_bytes()));
-        let guard = file.pages.block(from..u64::MAX)?;
+        let guard = file.pages.block(round_down(from, file.pages.block_bytes())..u64::MAX)?;
         let context = WriteContext {
             space: &file.pages,
             source: &file.source,
