@@ -1,1 +1,21 @@
-//! fsck.
+//! `fsck-coppice`: finds every inconsistency that two structures can have with one another, and repairs what it safely can.
+//!
+//! Nothing that is checked is trusted: counts are recomputed from the leaves of the trees, free space from the extents and nodes
+//! that exist, link counts from the names. [`passes`] says what is checked, in which order; [`problem`] is the one table of
+//! what can be wrong; [`repair`] is kept apart from finding, so that `-n` and `-y` see the same list.
+//!
+//! A check reads the trees of a filesystem that was opened with its journal replayed in memory; a repair is a transaction, so a cut
+//! at any moment leaves something that can be checked and repaired again.
+
+#![forbid(unsafe_code)]
+
+pub mod cli;
+pub mod passes;
+pub mod problem;
+pub mod repair;
+pub mod report;
+pub mod state;
+
+pub use passes::check;
+pub use problem::{Problem, Severity};
+pub use report::Report;

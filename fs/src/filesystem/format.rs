@@ -29,6 +29,8 @@ pub struct FormatOptions {
     pub journal_bytes: u64,
     /// What the superblock remembers.
     pub defaults: Defaults,
+    /// User and group that own the root directory.
+    pub owner: (u32, u32),
     /// Fewest buckets to accept: [`BUCKETS_MIN`], less only in tests.
     pub buckets_min: u64,
 }
@@ -154,6 +156,7 @@ pub fn test_geometry() -> FormatOptions {
         geometry: Geometry { block_bytes: 4096, bucket_bytes: 64 << 10, node_bytes: 16 << 10, metadata_replicas: 2 },
         journal_bytes: 512 << 10,
         defaults: Defaults { checksum: 1, created_by: "test".into(), hash_seed: 1, ..Defaults::default() },
+        owner: (0, 0),
         buckets_min: 128,
     }
 }

@@ -16,7 +16,7 @@ pub mod position;
 pub mod space;
 pub mod superblock;
 
-pub use checksum::{ChecksumKind, Compression, CompressionKind};
+pub use checksum::{ChecksumKind, CompressionKind};
 pub use key::{BtreeId, Value};
 pub use position::Position;
 

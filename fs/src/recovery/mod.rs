@@ -2,12 +2,16 @@
 //!
 //! ```text
 //! superblock      newest valid copy of three
-//! checkpoint      newest whole one of the area's slots (btree::choose_checkpoint), the one before it if its roots are damaged
+//! checkpoint      newest whole one of the area's slots; the one before it if its map or roots are damaged
 //! journal         flush the device (host-cached bytes may never have become durable), then read the unbroken chain from F
 //! replay          raw puts and whiteouts, in order; accounting deltas onto the totals at F. No triggers, no overlap checks
 //! read-write      a first record in a new epoch, flushed: it overwrites whatever followed the end of the chain, so that no
 //!                 later recovery can find another end; then a checkpoint, so that the replayed part is not replayed again
 //! ```
 //! A crash anywhere in it leaves the same state to be recovered: nothing is overwritten before the new record is durable.
+//! [`crate::filesystem`] does it in this order.
 
+mod replay;
 pub mod superblock;
+
+pub use replay::{Replayed, replay};

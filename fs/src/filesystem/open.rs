@@ -1,0 +1,534 @@
+//! Opening and making filesystems.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::{CHECKPOINT_IDLE, Filesystem, FormatOptions, format};
+use crate::alloc::{Reserves, TestSwitches};
+use crate::btree::{
+    CheckpointLog, CheckpointReason, Forest, ForestConfig, LogBoundary, NodeBuckets, NodeReader, Opening,
+};
+use crate::data::{Compression, Data, DataOptions};
+use crate::device::lock::is_same_image;
+use crate::device::{BlockDevice, CheckedDevice, FileDevice, FileOptions};
+use crate::env::{Env, Worker};
+use crate::error::{Error, Result};
+use crate::format::checkpoint::Checkpoint;
+use crate::format::namespace::{FileType, Snapshot, Subvolume};
+use crate::format::superblock::{KNOWN_READ_ONLY_COMPAT, Superblock};
+use crate::format::{BtreeId, ChecksumKind, CompressionKind, Position};
+use crate::journal::{Journal, JournalConfig, JournalStart, Log, Totals, read_log};
+use crate::metrics::Metrics;
+use crate::namespace::NewInode;
+use crate::options::{AccessTimes, CompressionChoice, MountOptions};
+use crate::pagecache::{Cache, CacheOptions};
+use crate::recovery::{replay, superblock};
+use crate::snapshot::Snapshots;
+use crate::space::Space;
+use crate::sync::Mutex;
+use crate::sync::atomic::AtomicU64;
+use crate::transaction::{CommitOptions, Transactions};
+use crate::units::{BucketIndex, DeviceIndex, JournalSequence, SnapshotId};
+use crate::vfs::{AccessTime, Vfs, VfsConfig, VfsOptions};
+use crate::workers::{OnFailure, WorkerThreads};
+
+/// Which background jobs run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WorkerSet {
+    /// All.
+    #[default]
+    All,
+    /// Those that commits wait for: journal and checkpoints. Nothing changes that nobody asked for: for fsck.
+    Essential,
+}
+
+/// How a filesystem is opened.
+#[derive(Clone, Debug)]
+pub struct OpenOptions {
+    /// Write nothing: the log is replayed in memory.
+    pub read_only: bool,
+    /// Background jobs.
+    pub workers: WorkerSet,
+    /// Budget in bytes for page cache and node cache together.
+    pub cache_bytes: u64,
+    /// How long a change may stay undurable; zero: every operation is durable when it returns.
+    pub commit_interval: Duration,
+    /// Compression of new data; mkfs's choice if not given.
+    pub compression: Option<CompressionChoice>,
+    /// Which reads change the access time.
+    pub access_times: AccessTimes,
+    /// Time, randomness and waiting; the host's if not given.
+    pub env: Option<Arc<Env>>,
+    /// Deliberate faults, for tests that prove that tests find them.
+    pub switches: TestSwitches,
+    /// Largest journal record in bytes.
+    pub record_bytes_max: u32,
+    /// Age at which dirty data is written back.
+    pub writeback_age: Duration,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        Self {
+            read_only: false,
+            workers: WorkerSet::All,
+            cache_bytes: default_cache_bytes(),
+            commit_interval: Duration::from_secs(1),
+            compression: None,
+            access_times: AccessTimes::default(),
+            env: None,
+            switches: TestSwitches::default(),
+            record_bytes_max: 1 << 20,
+            writeback_age: Duration::from_secs(5),
+        }
+    }
+}
+
+impl From<&MountOptions> for OpenOptions {
+    fn from(mount: &MountOptions) -> Self {
+        Self {
+            read_only: mount.read_only,
+            cache_bytes: mount.cache_bytes.unwrap_or_else(default_cache_bytes),
+            commit_interval: mount.commit_interval,
+            compression: mount.compression,
+            access_times: mount.access_times,
+            ..Self::default()
+        }
+    }
+}
+
+/// A quarter of the host's memory.
+fn default_cache_bytes() -> u64 {
+    let info = rustix::system::sysinfo();
+    let total = (info.totalram as u64).saturating_mul(u64::from(info.mem_unit));
+    (total / 4).max(64 << 20)
+}
+
+/// Budget for nodes, out of the one for everything: a quarter, but not so little that a commit's nodes do not fit.
+fn node_cache_bytes(options: &OpenOptions, superblock: &Superblock) -> u64 {
+    (options.cache_bytes / 4).max(64 * u64::from(superblock.geometry.node_bytes))
+}
+
+/// What a log that was only looked at holds.
+#[derive(Debug)]
+pub struct InspectedLog {
+    /// The superblock.
+    pub superblock: Superblock,
+    /// The checkpoint that replay would start from.
+    pub checkpoint: Checkpoint,
+    /// The records.
+    pub log: Log,
+}
+
+/// How long a tool waits for a daemon that is shutting down.
+const SHUTDOWN_WAIT: Duration = Duration::from_secs(30);
+
+/// Opens a device with its lock. While the lock is held and no mount serves the image (a daemon is finishing after `umount`), waits for it.
+pub(super) fn open_device(path: &Path, read_only: bool) -> Result<FileDevice> {
+    open_device_with(path, &FileOptions { read_only, ..FileOptions::default() })
+}
+
+fn open_device_with(path: &Path, options: &FileOptions) -> Result<FileDevice> {
+    let mut said = false;
+    let mut mounted_at = None;
+    let outcome = FileDevice::open_waiting(path, options, |error, waited| {
+        mounted_at = mount_of(path);
+        if mounted_at.is_some() || waited > SHUTDOWN_WAIT {
+            return false;
+        }
+        if !std::mem::replace(&mut said, true) {
+            tracing::warn!("{error}; waiting for it to finish");
+        }
+        true
+    });
+    match (outcome, mounted_at) {
+        (Err(Error::InUse { .. }), Some(directory)) => Err(Error::Unusable(format!(
+            "{} is in use, mounted at {directory}: unmount it first (umount {directory})",
+            path.display()
+        ))),
+        (outcome, _) => outcome,
+    }
+}
+
+/// Where the image is mounted by us, as far as this process can see.
+fn mount_of(image: &Path) -> Option<String> {
+    let table = std::fs::read_to_string("/proc/self/mountinfo").ok()?;
+    table.lines().find_map(|line| {
+        let (fields, kind) = line.split_once(" - ")?;
+        let mut kind = kind.split(' ');
+        if kind.next()? != "fuse.coppice" {
+            return None;
+        }
+        let source = unescape(kind.next()?);
+        let directory = unescape(fields.split(' ').nth(4)?);
+        let is_alive = std::fs::metadata(&directory).is_ok();
+        (is_alive && is_same_image(Path::new(&source), image)).then_some(directory)
+    })
+}
+
+/// /proc writes space, tab, newline and backslash in octal.
+fn unescape(field: &str) -> String {
+    [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")]
+        .iter()
+        .fold(field.to_owned(), |text, (from, to)| text.replace(from, to))
+}
+
+/// The journal as checkpoints see it.
+struct Log4Checkpoints(Arc<Journal>);
+
+impl CheckpointLog for Log4Checkpoints {
+    fn boundary(&self) -> Result<LogBoundary> {
+        let boundary = self.0.boundary()?;
+        Ok(LogBoundary {
+            first_replay: boundary.first_replay,
+            offset: boundary.offset,
+            previous_checksum: boundary.previous_checksum,
+            totals: boundary.totals.to_stored(),
+        })
+    }
+
+    fn flush(&self, upto: JournalSequence) -> Result<()> {
+        self.0.flush(upto)
+    }
+
+    fn newest(&self) -> JournalSequence {
+        self.0.newest()
+    }
+
+    fn release_before(&self, offset: u64, sequence: JournalSequence) {
+        self.0.release_before(offset, sequence);
+    }
+
+    fn fill_permille(&self) -> u32 {
+        self.0.unreflected_permille()
+    }
+}
+
+/// Space as the trees' nodes see it.
+struct Buckets4Nodes(Arc<Space>);
+
+impl NodeBuckets for Buckets4Nodes {
+    fn claim(&self, count: usize) -> Result<Vec<(DeviceIndex, BucketIndex)>> {
+        Ok(self.0.claim_node_buckets(count)?.into_iter().map(|claimed| (claimed.device, claimed.bucket)).collect())
+    }
+
+    fn release(&self, device: DeviceIndex, bucket: BucketIndex) -> Result<JournalSequence> {
+        self.0.release_node_bucket(device, bucket)
+    }
+}
+
+fn check_features(superblock: &Superblock, read_only: bool) -> Result<()> {
+    let unknown = superblock.read_only_compat & !KNOWN_READ_ONLY_COMPAT;
+    if unknown != 0 && !read_only {
+        return Err(Error::Unusable(format!(
+            "this filesystem has features that this coppice cannot write ({unknown:#x}): mount it with -o ro, or use a newer coppice"
+        )));
+    }
+    Ok(())
+}
+
+fn journal_config(superblock: &Superblock, devices: &[Arc<dyn BlockDevice>], options: &OpenOptions) -> JournalConfig {
+    JournalConfig {
+        filesystem: superblock.filesystem,
+        devices: devices.to_vec(),
+        copies: superblock.layout.journal.clone(),
+        bucket_bytes: superblock.geometry.bucket_bytes,
+        record_bytes_max: options.record_bytes_max,
+        commit_interval: Some(options.commit_interval),
+    }
+}
+
+fn data_options(superblock: &Superblock, options: &OpenOptions) -> Result<DataOptions> {
+    let compression = match options.compression {
+        Some(CompressionChoice::None) => Compression::NONE,
+        Some(CompressionChoice::Lz4) => Compression::LZ4,
+        Some(CompressionChoice::Zstd(level)) => Compression::zstd(level),
+        None => match CompressionKind::from_stored(superblock.defaults.compression)? {
+            CompressionKind::None => Compression::NONE,
+            CompressionKind::Lz4 => Compression::LZ4,
+            CompressionKind::Zstd => Compression::zstd(superblock.defaults.compression_level),
+        },
+    };
+    Ok(DataOptions {
+        checksum: ChecksumKind::from_stored(superblock.defaults.checksum)?,
+        compression,
+        ..DataOptions::default()
+    })
+}
+
+impl Filesystem {
+    /// Opens the filesystem on an image file or a disk, locked.
+    ///
+    /// # Errors
+    /// As [`Self::open`], and those of opening the device.
+    pub fn open_path(path: &Path, options: &OpenOptions) -> Result<Arc<Self>> {
+        let device = open_device(path, options.read_only)?;
+        Self::open(vec![Arc::new(device)], options)
+    }
+
+    /// Opens a device, waiting for a daemon that is shutting down.
+    ///
+    /// # Errors
+    /// [`Error::Unusable`] if it is mounted, [`Error::InUse`] if somebody else keeps it, and the host's.
+    pub fn open_device_waiting(path: &Path, options: &FileOptions) -> Result<FileDevice> {
+        open_device_with(path, options)
+    }
+
+    /// User and group of this process: who owns the root directory of a filesystem that it makes.
+    #[must_use]
+    pub fn caller_identity() -> (u32, u32) {
+        (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw())
+    }
+
+    /// Opens an image for looking into it: nothing is written, few workers, a small cache.
+    ///
+    /// # Errors
+    /// As [`Self::open_path`].
+    pub fn open_for_reading(path: &Path) -> Result<Arc<Self>> {
+        let options = OpenOptions {
+            read_only: true,
+            workers: WorkerSet::Essential,
+            cache_bytes: 64 << 20,
+            ..OpenOptions::default()
+        };
+        Self::open_path(path, &options)
+    }
+
+    /// Reads the log of an image, and replays nothing.
+    ///
+    /// # Errors
+    /// Those of opening, and a damaged journal.
+    pub fn inspect_log(path: &Path) -> Result<InspectedLog> {
+        let device: Arc<dyn BlockDevice> = Arc::new(open_device(path, true)?);
+        let superblock = superblock::read(&*device)?.superblock;
+        let devices = vec![device];
+        let reader = NodeReader::new(Arc::new(superblock.clone()), devices.clone(), Arc::new(Metrics::default()));
+        let checkpoint = reader.choose_checkpoint()?.newest;
+        let log = read_log(&journal_config(&superblock, &devices, &OpenOptions::default()), &checkpoint)?;
+        Ok(InspectedLog { superblock, checkpoint, log })
+    }
+
+    /// Opens a filesystem: recovers it, and starts its workers.
+    ///
+    /// # Errors
+    /// [`Error::Unusable`] with what to do; [`Error::Corrupt`] for damage that recovery cannot get around; the device's.
+    pub fn open(devices: Vec<Arc<dyn BlockDevice>>, options: &OpenOptions) -> Result<Arc<Self>> {
+        let env = options.env.clone().unwrap_or_else(Env::real);
+        let metrics = Arc::new(Metrics::default());
+        let checked: Vec<_> =
+            devices.into_iter().map(|device| Arc::new(CheckedDevice::new(device, Arc::clone(&metrics)))).collect();
+        let devices: Vec<Arc<dyn BlockDevice>> = checked.iter().map(|device| Arc::clone(device) as _).collect();
+        let first = devices.first().ok_or_else(|| Error::Invalid("a filesystem needs a device".into()))?;
+        let superblock = Arc::new(superblock::read(&**first)?.superblock);
+        check_features(&superblock, options.read_only)?;
+        if superblock.members.len() != devices.len() {
+            return Err(Error::Unusable(format!(
+                "the filesystem has {} devices, {} were given",
+                superblock.members.len(),
+                devices.len()
+            )));
+        }
+
+        let reader = NodeReader::new(Arc::clone(&superblock), devices.clone(), Arc::clone(&metrics));
+        let config = journal_config(&superblock, &devices, options);
+        let (opening, log) = choose_log(&reader, &config)?;
+        let oldest = opening.previous.as_ref().unwrap_or(&opening.newest);
+        let start = log.start(&opening.newest, oldest)?;
+
+        let forest = Forest::open(
+            ForestConfig {
+                superblock: Arc::clone(&superblock),
+                devices: devices.clone(),
+                cache_bytes: Arc::new(AtomicU64::new(node_cache_bytes(options, &superblock))),
+                dirty_bytes_max: Reserves::of(&superblock).dirty_node_bytes_max,
+                epoch: start.epoch,
+            },
+            &opening,
+            Arc::clone(&env),
+            Arc::clone(&metrics),
+        )?;
+        let replayed = replay(&forest, &log)?;
+        let journal = Journal::open(config, start, Arc::clone(&env), Arc::clone(&metrics))?;
+        if !options.read_only {
+            // The cut: nothing is overwritten before this record of the new epoch is durable.
+            journal.flush(journal.newest())?;
+        }
+        let transactions =
+            Transactions::new(Arc::clone(&forest), Arc::clone(&journal), Arc::clone(&env), Arc::clone(&metrics));
+        let space = Space::open_with(
+            Arc::clone(&superblock),
+            devices.clone(),
+            Arc::clone(&transactions),
+            Arc::clone(&journal),
+            Arc::clone(&env),
+            Arc::clone(&metrics),
+            options.switches,
+        )?;
+        forest.set_node_buckets(Arc::new(Buckets4Nodes(Arc::clone(&space))));
+        let filesystem =
+            Self::assemble(superblock, checked, devices, env, metrics, forest, journal, transactions, space, opening, replayed, options)?;
+        filesystem.start(options)?;
+        if replayed.keys > 0 {
+            tracing::info!(records = replayed.records, keys = replayed.keys, "recovered: the journal was replayed");
+        }
+        Ok(filesystem)
+    }
+
+    fn assemble(
+        superblock: Arc<Superblock>,
+        checked: Vec<Arc<CheckedDevice>>,
+        devices: Vec<Arc<dyn BlockDevice>>,
+        env: Arc<Env>,
+        metrics: Arc<Metrics>,
+        forest: Arc<Forest>,
+        journal: Arc<Journal>,
+        transactions: Arc<Transactions>,
+        space: Arc<Space>,
+        opening: Opening,
+        replayed: crate::recovery::Replayed,
+        options: &OpenOptions,
+    ) -> Result<Arc<Self>> {
+        let snapshots = Snapshots::load(&transactions)?;
+        let data = Data::new(
+            &superblock,
+            devices.clone(),
+            Arc::clone(&transactions),
+            Arc::clone(&space),
+            Arc::clone(&snapshots),
+            Arc::clone(&env),
+            Arc::clone(&metrics),
+            data_options(&superblock, options)?,
+        );
+        let page_bytes = options.cache_bytes.saturating_sub(node_cache_bytes(options, &superblock)).max(4 << 20);
+        let cache = Cache::new(
+            Arc::clone(&env),
+            Arc::clone(&metrics),
+            CacheOptions { block_bytes: superblock.geometry.block_bytes, ..CacheOptions::new(page_bytes) },
+        )?;
+        let vfs = Vfs::new(VfsConfig {
+            transactions: Arc::clone(&transactions),
+            journal: Arc::clone(&journal),
+            space: Arc::clone(&space),
+            data: Arc::clone(&data),
+            snapshots,
+            superblock: Arc::clone(&superblock),
+            cache: Arc::clone(&cache),
+            env: Arc::clone(&env),
+            metrics: Arc::clone(&metrics),
+            options: VfsOptions {
+                read_only: options.read_only,
+                access_time: match options.access_times {
+                    AccessTimes::Never => AccessTime::Never,
+                    AccessTimes::Relative => AccessTime::Relative,
+                    AccessTimes::Always => AccessTime::Strict,
+                },
+                writeback_age: options.writeback_age,
+                ..VfsOptions::default()
+            },
+        })?;
+        Ok(Arc::new(Self {
+            superblock,
+            checked,
+            devices,
+            env,
+            metrics,
+            forest,
+            journal,
+            transactions,
+            space,
+            data,
+            cache,
+            vfs,
+            opening,
+            replayed,
+            read_only: options.read_only,
+            workers: Mutex::new(None),
+        }))
+    }
+
+    /// Starts the workers, and makes what was replayed need no replay again.
+    fn start(self: &Arc<Self>, options: &OpenOptions) -> Result<()> {
+        if options.read_only {
+            return Ok(());
+        }
+        let pressed = Arc::downgrade(&self.forest);
+        self.journal.set_pressure_hook(Box::new(move || {
+            if let Some(forest) = pressed.upgrade() {
+                forest.request_checkpoint();
+            }
+        }));
+        let log: Arc<dyn CheckpointLog> = Arc::new(Log4Checkpoints(Arc::clone(&self.journal)));
+        let mut workers: Vec<Arc<dyn Worker>> = self.journal.workers();
+        workers.push(self.forest.checkpoint_worker(Arc::clone(&log), CHECKPOINT_IDLE));
+        workers.extend(self.space.workers());
+        if options.workers == WorkerSet::All {
+            workers.push(self.data.copygc_worker());
+            workers.extend(self.vfs.workers());
+        }
+        let latched = Arc::downgrade(self);
+        let on_failure: OnFailure = Arc::new(move |name, error| {
+            if let Some(filesystem) = latched.upgrade() {
+                filesystem.vfs.latch(format!("worker {name} failed: {error}"));
+            }
+        });
+        *self.workers.lock() = Some(WorkerThreads::start(&self.env, workers, &on_failure)?);
+        if self.replayed.keys > 0 {
+            self.forest.checkpoint(&*log, CheckpointReason::Requested)?;
+        }
+        if options.workers == WorkerSet::All {
+            self.vfs.recover()?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn take_checkpoint(&self, reason: CheckpointReason) -> Result<()> {
+        self.forest.checkpoint(&Log4Checkpoints(Arc::clone(&self.journal)), reason).map(|_| ())
+    }
+
+    /// Makes a new filesystem on a device: everything on it is lost.
+    ///
+    /// # Errors
+    /// [`Error::Unusable`] if the device is too small; the device's.
+    pub fn format(device: &Arc<dyn BlockDevice>, options: &FormatOptions, env: &Arc<Env>) -> Result<Superblock> {
+        let superblock = format::plan(options, device.size_bytes())?;
+        format::write_empty(&**device, &superblock, env)?;
+        let open = OpenOptions {
+            workers: WorkerSet::Essential,
+            cache_bytes: 32 << 20,
+            env: Some(Arc::clone(env)),
+            ..OpenOptions::default()
+        };
+        let filesystem = Self::open(vec![Arc::clone(device)], &open)?;
+        let made = filesystem.transactions.run(CommitOptions::default(), |transaction| {
+            let snapshot = Snapshot { parent: 0, subvolume: 0 };
+            transaction.put(BtreeId::Snapshots, Position::new(0, SnapshotId::ROOT.0.into(), 0), snapshot.encode()?);
+            let subvolume = Subvolume { snapshot: SnapshotId::ROOT.0, root: crate::units::InodeNumber::ROOT.0 };
+            transaction.put(BtreeId::Subvolumes, Position::MIN, subvolume.encode()?);
+            let root = NewInode {
+                file_type: FileType::Directory,
+                permissions: 0o755,
+                umask: 0,
+                uid: options.owner.0,
+                gid: options.owner.1,
+                device_number: 0,
+                symlink_target: None,
+                generation: env.random_u64(),
+                now: env.now(),
+            };
+            filesystem.namespace().create_root(transaction, &root)
+        });
+        let closed = filesystem.close();
+        made?;
+        closed?;
+        Ok(superblock)
+    }
+}
+
+/// The newest checkpoint whose trees and log can be read. If the newest one's log is damaged, the one before it has the same records and more, so
+/// there is nothing to fall back to.
+fn choose_log(reader: &NodeReader, config: &JournalConfig) -> Result<(Opening, Log)> {
+    let opening = reader.choose_checkpoint()?;
+    let log = read_log(config, &opening.newest)?;
+    Ok((opening, log))
+}

@@ -1,0 +1,71 @@
+//! The other end of our ioctls: what tools ask of a mounted filesystem.
+//!
+//! No locks. `unsafe` is the two ioctl calls; the kernel writes at most the size that the command's number says.
+
+#![allow(unsafe_code, reason = "ioctl(2)")]
+
+use std::fs::File;
+use std::path::Path;
+
+use rustix::ioctl::{NoArg, Updater, ioctl};
+
+use crate::error::{Error, Result};
+use crate::vfs::{IOCTL_STATISTICS, IOCTL_SYNC};
+
+/// Bytes that one statistics call carries.
+const PAGE_BYTES: usize = 8192;
+/// Most bytes of statistics that are believed.
+const TEXT_BYTES_MAX: u64 = 1 << 20;
+
+fn open(mount: &Path) -> Result<File> {
+    File::open(mount).map_err(|error| Error::io(format!("opening {}", mount.display()), error))
+}
+
+fn not_ours(mount: &Path, errno: rustix::io::Errno) -> Error {
+    if errno == rustix::io::Errno::NOTTY {
+        return Error::Unusable(format!("{} is not on a mounted coppice filesystem", mount.display()));
+    }
+    Error::io(format!("asking the filesystem at {}", mount.display()), errno.into())
+}
+
+/// Makes everything on the filesystem that holds `mount` durable.
+///
+/// # Errors
+/// [`Error::Unusable`] if it is none of ours; the filesystem's.
+pub fn sync(mount: &Path) -> Result<()> {
+    let file = open(mount)?;
+    // SAFETY: the command has no argument.
+    unsafe { ioctl(&file, NoArg::<{ IOCTL_SYNC as rustix::ioctl::Opcode }>::new()) }
+        .map_err(|errno| not_ours(mount, errno))
+}
+
+/// All counters of the filesystem that holds `mount`: names and values.
+///
+/// # Errors
+/// As [`sync`].
+pub fn statistics(mount: &Path) -> Result<Vec<(String, u64)>> {
+    let file = open(mount)?;
+    let mut text = Vec::new();
+    loop {
+        let mut page = [0_u8; PAGE_BYTES];
+        if let Some(start) = page.first_chunk_mut() {
+            *start = (text.len() as u64).to_le_bytes();
+        }
+        // SAFETY: the command's number says that the kernel reads and writes 8192 bytes, which is the size of `page`.
+        let outcome = unsafe {
+            ioctl(&file, Updater::<{ IOCTL_STATISTICS as rustix::ioctl::Opcode }, [u8; PAGE_BYTES]>::new(&mut page))
+        };
+        outcome.map_err(|errno| not_ours(mount, errno))?;
+        let (length, rest) = page.split_first_chunk().map_or((0, [].as_slice()), |(length, rest)| (u64::from_le_bytes(*length), rest));
+        let wanted = usize::try_from(length.min(TEXT_BYTES_MAX)).unwrap_or(0).saturating_sub(text.len());
+        if wanted == 0 {
+            break;
+        }
+        text.extend_from_slice(rest.get(..wanted.min(rest.len())).unwrap_or_default());
+    }
+    let text = String::from_utf8_lossy(&text);
+    Ok(text
+        .lines()
+        .filter_map(|line| line.split_once(' ').and_then(|(name, value)| Some((name.to_owned(), value.trim().parse().ok()?))))
+        .collect())
+}

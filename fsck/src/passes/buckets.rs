@@ -1,0 +1,121 @@
+//! Checks: each bucket's state and count is what extents and nodes say; the free-space and need-discard trees hold exactly the
+//! buckets that they should; nothing beyond the untouched mark is in use. Collects: the counters of buckets.
+
+use std::collections::BTreeSet;
+
+use coppicefs::Result;
+use coppicefs::format::journal::AccountingCounter;
+use coppicefs::format::space::{Bucket, BucketState, DeviceUsage};
+use coppicefs::format::{BtreeId, Position};
+
+use super::Checker;
+use crate::problem::Problem;
+
+type BucketKey = (u8, u64);
+
+pub(super) fn run(checker: &mut Checker<'_>) -> Result<()> {
+    let free = index_keys(checker, BtreeId::FreeSpace)?;
+    let need_discard = index_keys(checker, BtreeId::NeedDiscard)?;
+    let mut keys: BTreeSet<BucketKey> = checker.state.stored_buckets.keys().copied().collect();
+    keys.extend(checker.state.data_buckets.keys());
+    keys.extend(checker.state.metadata_buckets.keys());
+    keys.extend(&free);
+    keys.extend(&need_discard);
+    for (device, bucket) in keys {
+        checker.examined += 1;
+        check_bucket(checker, (device, bucket), &free, &need_discard);
+    }
+    check_untouched(checker, &free)
+}
+
+fn index_keys(checker: &mut Checker<'_>, btree: BtreeId) -> Result<BTreeSet<BucketKey>> {
+    let mut found = BTreeSet::new();
+    checker.for_each_batch(btree, |_, keys| {
+        found.extend(
+            keys.iter().map(|(position, _)| (u8::try_from(position.inode).unwrap_or(u8::MAX), position.offset)),
+        );
+        Ok(())
+    })?;
+    Ok(found)
+}
+
+fn check_bucket(
+    checker: &mut Checker<'_>,
+    key: BucketKey,
+    free: &BTreeSet<BucketKey>,
+    need_discard: &BTreeSet<BucketKey>,
+) {
+    let (device, bucket) = key;
+    let stored = checker.state.stored_buckets.get(&key).copied().unwrap_or(Bucket::UNUSED);
+    let charged = checker.state.data_buckets.get(&key).copied().unwrap_or(0);
+    let nodes = checker.state.metadata_buckets.contains_key(&key);
+    let state = match (charged > 0, nodes, stored.state) {
+        (true, _, _) => BucketState::Data,
+        (false, true, _) => BucketState::Metadata,
+        (false, false, BucketState::NeedDiscard) => BucketState::NeedDiscard,
+        // A bucket that was claimed for nodes and holds none that is published yet stays claimed.
+        (false, false, BucketState::Metadata) => BucketState::Metadata,
+        (false, false, BucketState::Data) => BucketState::NeedDiscard,
+        (false, false, other) => other,
+    };
+    let found = Bucket { state, charged_bytes: charged, ..stored };
+    if found != stored {
+        checker.report(Problem::BucketWrong { device, bucket, stored, found });
+    }
+    match found.state {
+        BucketState::Data => checker.state.count(AccountingCounter::DataBuckets, 1),
+        BucketState::Metadata => checker.state.count(AccountingCounter::MetadataBuckets, 1),
+        BucketState::NeedDiscard => checker.state.count(AccountingCounter::NeedDiscardBuckets, 1),
+        BucketState::Free | BucketState::Reserved => {}
+    }
+    let present = free.contains(&key);
+    if present != (found.state == BucketState::Free) {
+        checker.report(Problem::FreeSpaceKey { device, bucket, present, state: found.state });
+    }
+    let present = need_discard.contains(&key);
+    if present != (found.state == BucketState::NeedDiscard) {
+        checker.report(Problem::NeedDiscardKey { device, bucket, present, state: found.state });
+    }
+}
+
+/// Below the mark every bucket that is not reserved has a place somewhere; from the mark on none has.
+fn check_untouched(checker: &mut Checker<'_>, free: &BTreeSet<BucketKey>) -> Result<()> {
+    let superblock = checker.filesystem.superblock().clone();
+    for (index, member) in superblock.members.iter().enumerate() {
+        let device = u8::try_from(index).unwrap_or(u8::MAX);
+        let position = Position::new(u64::from(device), 0, 0);
+        let untouched_from = match checker.filesystem.forest().get(BtreeId::Devices, position)? {
+            Some(value) => match DeviceUsage::decode(&value) {
+                Ok(usage) => usage.untouched_from.min(member.bucket_count),
+                Err(error) => {
+                    checker.undecodable(BtreeId::Devices, position, &error);
+                    continue;
+                }
+            },
+            None => 0,
+        };
+        for bucket in 0..untouched_from {
+            let key = (device, bucket);
+            let known = superblock.is_reserved(device, bucket)
+                || checker.state.stored_buckets.contains_key(&key)
+                || free.contains(&key)
+                || checker.state.data_buckets.contains_key(&key);
+            if !known {
+                checker.report(Problem::FreeSpaceKey { device, bucket, present: false, state: BucketState::Free });
+            }
+        }
+        let beyond: Vec<u64> = checker
+            .state
+            .data_buckets
+            .keys()
+            .chain(checker.state.metadata_buckets.keys())
+            .chain(free)
+            .filter(|(owner, bucket)| *owner == device && *bucket >= untouched_from)
+            .map(|(_, bucket)| *bucket)
+            .collect();
+        for bucket in beyond {
+            checker.report(Problem::Untouched { device, bucket, untouched_from });
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,59 @@
+//! Checks: every inode decodes and has a known type. Collects: facts about every inode, and the number of inodes.
+
+use coppicefs::Result;
+use coppicefs::format::BtreeId;
+use coppicefs::format::journal::AccountingCounter;
+use coppicefs::format::namespace::{FileType, Inode};
+use rayon::prelude::*;
+
+use super::Checker;
+use crate::problem::Problem;
+use crate::state::InodeFacts;
+
+pub(super) fn run(checker: &mut Checker<'_>) -> Result<()> {
+    checker.for_each_batch(BtreeId::Inodes, |checker, keys| {
+        let decoded: Vec<_> = keys.into_par_iter().map(|(position, value)| (position, Inode::decode(&value))).collect();
+        for (position, inode) in decoded {
+            checker.state.count(AccountingCounter::Inodes, 1);
+            let inode = match inode {
+                Ok(inode) if position.offset == 0 => inode,
+                Ok(_) => {
+                    checker.undecodable(BtreeId::Inodes, position, &"an inode at an offset");
+                    continue;
+                }
+                Err(error) => {
+                    checker.undecodable(BtreeId::Inodes, position, &error);
+                    continue;
+                }
+            };
+            let file_type = inode.file_type();
+            let kind = match file_type {
+                Some(FileType::Directory) => 0,
+                Some(FileType::Regular) => 1,
+                Some(FileType::Symlink) => 2,
+                _ => 3,
+            };
+            if let Some(count) = checker.inode_counts.get_mut(kind) {
+                *count += 1;
+            }
+            if file_type.is_none() {
+                checker.report(Problem::InodeType { inode: position.inode, mode: inode.mode });
+            }
+            let facts = InodeFacts {
+                file_type,
+                link_count: inode.link_count,
+                size: inode.size,
+                allocated_bytes: inode.allocated_bytes,
+                found_bytes: 0,
+                names: 0,
+                subdirectories: 0,
+                entries: 0,
+                parent: (inode.parent, inode.parent_hash),
+                named_at: None,
+                parent_confirmed: false,
+            };
+            checker.state.inodes.insert(position.inode, facts);
+        }
+        Ok(())
+    })
+}

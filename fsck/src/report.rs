@@ -1,0 +1,108 @@
+//! What a check found, for people and as JSON.
+
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::problem::{Problem, Severity};
+
+/// One pass that was run.
+#[derive(Clone, Debug)]
+pub struct PassReport {
+    /// Its name.
+    pub name: &'static str,
+    /// How long it took.
+    pub duration: Duration,
+    /// What it looked at: keys, nodes, buckets.
+    pub examined: u64,
+}
+
+/// The outcome of a check.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    /// Everything that is wrong, in the order of the passes.
+    pub problems: Vec<Problem>,
+    /// The passes.
+    pub passes: Vec<PassReport>,
+    /// Inodes by kind: directories, regular files, symbolic links, others.
+    pub inode_counts: [u64; 4],
+    /// Bytes of file data on disk.
+    pub data_bytes: u64,
+}
+
+#[derive(Serialize)]
+struct JsonProblem {
+    id: &'static str,
+    severity: &'static str,
+    repairable: bool,
+    text: String,
+}
+
+#[derive(Serialize)]
+struct JsonPass {
+    name: &'static str,
+    seconds: f64,
+    examined: u64,
+}
+
+#[derive(Serialize)]
+struct JsonReport<'a> {
+    target: &'a str,
+    clean: bool,
+    repaired: usize,
+    exit_code: u8,
+    problems: Vec<JsonProblem>,
+    passes: Vec<JsonPass>,
+    directories: u64,
+    regular_files: u64,
+    symbolic_links: u64,
+    other_files: u64,
+    data_bytes: u64,
+}
+
+impl Report {
+    /// Whether nothing is wrong.
+    #[must_use]
+    pub fn is_clean(&self) -> bool {
+        self.problems.is_empty()
+    }
+
+    /// The report as one JSON object.
+    ///
+    /// # Errors
+    /// Never, in practice.
+    pub fn to_json(&self, target: &str, repaired: usize, exit_code: u8) -> serde_json::Result<String> {
+        let [directories, regular_files, symbolic_links, other_files] = self.inode_counts;
+        let severity = |problem: &Problem| match problem.severity() {
+            Severity::Minor => "minor",
+            Severity::Structural => "structural",
+            Severity::Damage => "damage",
+        };
+        serde_json::to_string_pretty(&JsonReport {
+            target,
+            clean: self.is_clean(),
+            repaired,
+            exit_code,
+            problems: self
+                .problems
+                .iter()
+                .map(|problem| JsonProblem {
+                    id: problem.id(),
+                    severity: severity(problem),
+                    repairable: problem.is_repairable(),
+                    text: problem.describe(),
+                })
+                .collect(),
+            passes: self
+                .passes
+                .iter()
+                .map(|pass| JsonPass { name: pass.name, seconds: pass.duration.as_secs_f64(), examined: pass.examined })
+                .collect(),
+            directories,
+            regular_files,
+            symbolic_links,
+            other_files,
+            data_bytes: self.data_bytes,
+        })
+    }
+}

@@ -1,0 +1,145 @@
+//! The command line of `coppice`: one definition gives parser, help, man page and completions.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+use crate::commands::{install, journal, list, mounted, show_super, usage};
+use crate::{bench, mount, probe, trial};
+
+/// A copy-on-write filesystem in userspace.
+#[derive(Parser, Debug)]
+#[command(name = "coppice", version, arg_required_else_help = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Make a filesystem on an image file or a disk
+    Mkfs(coppicefs_mkfs::cli::Arguments),
+    /// Check a filesystem, and repair it
+    Fsck(coppicefs_fsck::cli::Arguments),
+    /// Mount an image file or a disk
+    Mount(mount::MountCommand),
+    /// Show what the superblock says
+    ShowSuper(show_super::Arguments),
+    /// Show where space is, of an image or of a mount
+    Usage(usage::Arguments),
+    /// List the keys of a B-tree
+    List(list::Arguments),
+    /// Show what is in the log
+    Journal(journal::Arguments),
+    /// Show all counters of a mounted filesystem
+    Stats(mounted::StatsArguments),
+    /// Make everything on a mounted filesystem durable
+    Sync(mounted::SyncArguments),
+    /// Show what this kernel's FUSE does, fact by fact
+    Probe {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Install this program and the links by which mount(8) and fsck(8) find it
+    Install(install::Arguments),
+    /// Print a completion script for a shell
+    Completions {
+        /// bash, zsh, fish, ...
+        shell: clap_complete::Shell,
+    },
+    /// Print the man page
+    Man,
+    /// Show the main job end to end on an image in a temporary folder
+    Try(trial::Arguments),
+    /// Run fio's jobs on a mounted filesystem and print a table
+    Bench(bench::Arguments),
+}
+
+/// Runs the program by the name that it was started with: `mkfs.coppice` and the like are links to `coppice`.
+#[must_use]
+pub fn run_by_name() -> ExitCode {
+    let mut arguments = std::env::args_os();
+    let name = arguments.next().unwrap_or_default();
+    let name = Path::new(&name).file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let rest: Vec<_> = arguments.collect();
+    let by = |subcommand: &str| {
+        let words = ["coppice".into(), subcommand.into()].into_iter().chain(rest.iter().cloned());
+        run(Cli::parse_from(words))
+    };
+    match name.as_str() {
+        "mkfs.coppice" | "mkfs-coppice" => by("mkfs"),
+        "fsck.coppice" | "fsck-coppice" => by("fsck"),
+        "mount.coppice" | "mount-coppice" | "mount.fuse.coppice" => by("mount"),
+        "umount.fuse.coppice" => finish(mount::unmount_and_wait(&rest)),
+        _ => run(Cli::parse()),
+    }
+}
+
+fn finish(outcome: anyhow::Result<()>) -> ExitCode {
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("coppice: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> ExitCode {
+    let outcome = match cli.command {
+        Command::Mount(command) => return mount::run_command(&command),
+        Command::Fsck(arguments) => {
+            log_to_terminal();
+            return ExitCode::from(coppicefs_fsck::cli::run(&arguments));
+        }
+        command => {
+            log_to_terminal();
+            run_simple(command)
+        }
+    };
+    finish(outcome)
+}
+
+fn run_simple(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Mkfs(arguments) => coppicefs_mkfs::cli::run(&arguments),
+        Command::ShowSuper(arguments) => show_super::run(&arguments),
+        Command::Usage(arguments) => usage::run(&arguments),
+        Command::List(arguments) => list::run(&arguments),
+        Command::Journal(arguments) => journal::run(&arguments),
+        Command::Stats(arguments) => mounted::stats(&arguments),
+        Command::Sync(arguments) => mounted::sync(&arguments),
+        Command::Probe { json } => probe::run(json),
+        Command::Install(arguments) => install::run(&arguments),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "coppice", &mut std::io::stdout());
+            Ok(())
+        }
+        Command::Man => Ok(clap_mangen::Man::new(Cli::command()).render(&mut std::io::stdout())?),
+        Command::Try(arguments) => trial::run(&arguments),
+        Command::Bench(arguments) => bench::run(&arguments),
+        Command::Mount(_) | Command::Fsck(_) => Ok(()),
+    }
+}
+
+/// Warnings (a wait for a daemon that is finishing, a damaged copy) go to standard error.
+fn log_to_terminal() {
+    let _ = tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::WARN)
+        .with_writer(std::io::stderr)
+        .without_time()
+        .with_target(false)
+        .try_init();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,9 @@
+//! The subcommands of `coppice`, a file each.
+
+pub mod describe;
+pub mod install;
+pub mod journal;
+pub mod list;
+pub mod mounted;
+pub mod show_super;
+pub mod usage;

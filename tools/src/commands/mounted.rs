@@ -1,0 +1,69 @@
+//! `coppice stats` and `coppice sync`: what is asked of a mounted filesystem.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+use coppicefs::fuse::client;
+
+use crate::output;
+
+/// What `coppice stats` takes.
+#[derive(Args, Clone, Debug)]
+pub struct StatsArguments {
+    /// As JSON
+    #[arg(long)]
+    json: bool,
+    /// Show again every second what has changed, until interrupted
+    #[arg(long, conflicts_with = "json")]
+    watch: bool,
+    /// Mountpoint, or anything in it
+    mount: PathBuf,
+}
+
+/// What `coppice sync` takes.
+#[derive(Args, Clone, Debug)]
+pub struct SyncArguments {
+    /// Mountpoint, or anything in it
+    mount: PathBuf,
+}
+
+/// Prints all counters.
+///
+/// # Errors
+/// If it is not a mount of ours.
+pub fn stats(arguments: &StatsArguments) -> anyhow::Result<()> {
+    let mut counters = client::statistics(&arguments.mount)?;
+    if arguments.json {
+        let map: serde_json::Map<_, _> =
+            counters.into_iter().map(|(name, value)| (name, serde_json::Value::from(value))).collect();
+        return output::json(&map);
+    }
+    print(&counters);
+    while arguments.watch {
+        std::thread::sleep(Duration::from_secs(1));
+        let now = client::statistics(&arguments.mount)?;
+        let changed: Vec<_> = now.iter().filter(|counter| !counters.contains(counter)).cloned().collect();
+        println!();
+        print(&changed);
+        counters = now;
+    }
+    Ok(())
+}
+
+fn print(counters: &[(String, u64)]) {
+    let mut table = output::table(&[]);
+    for (name, value) in counters {
+        table.add_row([name.clone(), value.to_string()]);
+    }
+    output::align_right(&mut table, 1);
+    output::print(&table);
+}
+
+/// Makes everything durable.
+///
+/// # Errors
+/// If it is not a mount of ours, or the filesystem failed.
+pub fn sync(arguments: &SyncArguments) -> anyhow::Result<()> {
+    Ok(client::sync(&arguments.mount)?)
+}
