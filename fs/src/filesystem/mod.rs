@@ -176,9 +176,7 @@ impl Filesystem {
     /// # Errors
     /// The first error; everything else is still tried.
     pub fn sync(&self) -> Result<()> {
-        let written = self.vfs.write_back_all();
-        self.journal.flush(self.journal.newest())?;
-        written
+        self.vfs.sync()
     }
 
     /// Writes everything back, stops the workers and takes a last checkpoint. The filesystem is of no use afterwards.
@@ -204,7 +202,7 @@ impl Filesystem {
     /// # Errors
     /// Those of opening and of the superblock.
     pub fn read_superblock(path: &Path) -> Result<superblock::Found> {
-        superblock::read(&*open::open_device(path, true)?)
+        superblock::read(&open::open_device(path, true)?)
     }
 }
 

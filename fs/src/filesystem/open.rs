@@ -10,15 +10,14 @@ use crate::btree::{
     CheckpointLog, CheckpointReason, Forest, ForestConfig, LogBoundary, NodeBuckets, NodeReader, Opening,
 };
 use crate::data::{Compression, Data, DataOptions};
-use crate::device::lock::is_same_image;
-use crate::device::{BlockDevice, CheckedDevice, FileDevice, FileOptions};
+use crate::device::{BlockDevice, CheckedDevice, FileDevice, FileOptions, is_same_image};
 use crate::env::{Env, Worker};
 use crate::error::{Error, Result};
 use crate::format::checkpoint::Checkpoint;
 use crate::format::namespace::{FileType, Snapshot, Subvolume};
 use crate::format::superblock::{KNOWN_READ_ONLY_COMPAT, Superblock};
 use crate::format::{BtreeId, ChecksumKind, CompressionKind, Position};
-use crate::journal::{Journal, JournalConfig, JournalStart, Log, Totals, read_log};
+use crate::journal::{Journal, JournalConfig, Log, read_log};
 use crate::metrics::Metrics;
 use crate::namespace::NewInode;
 use crate::options::{AccessTimes, CompressionChoice, MountOptions};
@@ -242,13 +241,12 @@ fn journal_config(superblock: &Superblock, devices: &[Arc<dyn BlockDevice>], opt
 fn data_options(superblock: &Superblock, options: &OpenOptions) -> Result<DataOptions> {
     let compression = match options.compression {
         Some(CompressionChoice::None) => Compression::NONE,
-        Some(CompressionChoice::Lz4) => Compression::LZ4,
-        Some(CompressionChoice::Zstd(level)) => Compression::zstd(level),
-        None => match CompressionKind::from_stored(superblock.defaults.compression)? {
-            CompressionKind::None => Compression::NONE,
-            CompressionKind::Lz4 => Compression::LZ4,
-            CompressionKind::Zstd => Compression::zstd(superblock.defaults.compression_level),
-        },
+        Some(CompressionChoice::Lz4) => Compression::new(CompressionKind::Lz4, 0)?,
+        Some(CompressionChoice::Zstd(level)) => Compression::new(CompressionKind::Zstd, level.into())?,
+        None => {
+            let kind = CompressionKind::from_stored(superblock.defaults.compression)?;
+            Compression::new(kind, superblock.defaults.compression_level.into())?
+        }
     };
     Ok(DataOptions {
         checksum: ChecksumKind::from_stored(superblock.defaults.checksum)?,
@@ -421,7 +419,7 @@ impl Filesystem {
                 access_time: match options.access_times {
                     AccessTimes::Never => AccessTime::Never,
                     AccessTimes::Relative => AccessTime::Relative,
-                    AccessTimes::Always => AccessTime::Strict,
+                    AccessTimes::Always => AccessTime::Always,
                 },
                 writeback_age: options.writeback_age,
                 ..VfsOptions::default()
@@ -477,7 +475,8 @@ impl Filesystem {
             self.forest.checkpoint(&*log, CheckpointReason::Requested)?;
         }
         if options.workers == WorkerSet::All {
-            self.vfs.recover()?;
+            // Before anybody can use the inodes that they work on.
+            while self.data.resume_logged_operation()? {}
         }
         Ok(())
     }

@@ -9,7 +9,7 @@ use crate::format::space::BucketState;
 use crate::format::{BtreeId, Position};
 use crate::sync::atomic::Ordering;
 use crate::transaction::{BucketChange, CommitOptions};
-use crate::units::{BucketIndex, DeviceIndex};
+use crate::units::{BucketIndex, DeviceIndex, JournalSequence};
 
 use super::store::{Store, range_end, untouched_from};
 use super::{Space, bucket_position};
@@ -88,13 +88,13 @@ impl Space {
     ///
     /// # Errors
     /// The transaction's; [`Error::Bug`] if it is not a bucket of nodes.
-    pub fn release_node_bucket(&self, device: DeviceIndex, bucket: BucketIndex) -> Result<()> {
-        self.transactions.run(CommitOptions::checkpoint(), |transaction| {
+    pub fn release_node_bucket(&self, device: DeviceIndex, bucket: BucketIndex) -> Result<JournalSequence> {
+        let committed = self.transactions.run(CommitOptions::checkpoint(), |transaction| {
             let change = BucketChange { to_state: Some(BucketState::NeedDiscard), ..BucketChange::default() };
             transaction.change_bucket(device, bucket, change);
             Ok(())
         })?;
-        Ok(())
+        Ok(committed.sequence)
     }
 
     fn half_of(&self, (device, bucket): BucketKey) -> Half {
