@@ -23,7 +23,7 @@ pub enum Problem {
     SuperblockCopy { offset: u64, reason: String },
     JournalDamaged { reason: String },
     CheckpointUnusable { reason: String },
-    NodeCopy { btree: BtreeId, node: u64, device: u8, offset: u64, reason: String },
+    NodeCopy { btree: BtreeId, from: Position, level: u8, node: u64, device: u8, offset: u64, reason: String },
     NodeUnreadable { btree: BtreeId, level: u8, from: Position, to: Position, reason: String },
     NodeMap { device: u8, bucket: u64, recorded: u64, reachable: u64 },
     KeyUndecodable { btree: BtreeId, position: Position, reason: String },
@@ -148,7 +148,7 @@ impl Problem {
             }
             Self::JournalDamaged { reason } => format!("the journal is damaged: {reason}"),
             Self::CheckpointUnusable { reason } => format!("no checkpoint is whole: {reason}"),
-            Self::NodeCopy { btree, node, device, offset, reason } => {
+            Self::NodeCopy { btree, node, device, offset, reason, .. } => {
                 format!("a copy of node {node} of {} (device {device}, byte {offset}) is bad: {reason}", btree.name())
             }
             Self::NodeUnreadable { btree, level, from, to, reason } => {

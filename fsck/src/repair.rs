@@ -33,9 +33,8 @@ pub fn repair(filesystem: &Filesystem, problems: &[Problem]) -> Result<usize> {
                     repair_superblock(filesystem)?;
                 }
             }
-            Problem::NodeCopy { btree, node, .. } => {
-                filesystem.forest().rewrite_node(*btree, coppicefs::units::NodeId(*node))?;
-            }
+            // Reading a node whose copy is bad marks it to be written whole, elsewhere, by the checkpoint below.
+            Problem::NodeCopy { btree, from, level, .. } => filesystem.forest().touch(*btree, *from, *level)?,
             Problem::Unconnected { inode } => connect(filesystem, InodeNumber(*inode))?,
             _ => {
                 let options = CommitOptions { raw: true, ..CommitOptions::reclaim() };
