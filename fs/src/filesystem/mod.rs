@@ -208,3 +208,6 @@ impl Filesystem {
 
 /// How often a worker that has nothing to do looks whether it has.
 const CHECKPOINT_IDLE: Duration = Duration::from_secs(30);
+
+#[cfg(all(test, not(loom)))]
+mod tests;

@@ -6,20 +6,17 @@ use std::time::Duration;
 
 use super::{CHECKPOINT_IDLE, Filesystem, FormatOptions, format};
 use crate::alloc::{Reserves, TestSwitches};
-use crate::btree::{
-    CheckpointLog, CheckpointReason, Forest, ForestConfig, LogBoundary, NodeBuckets, NodeReader, Opening,
-};
+use crate::btree::{CheckpointLog, CheckpointReason, Forest, ForestConfig, NodeBuckets, NodeReader, Opening};
 use crate::data::{Compression, Data, DataOptions};
 use crate::device::{BlockDevice, CheckedDevice, FileDevice, FileOptions, is_same_image};
 use crate::env::{Env, Worker};
 use crate::error::{Error, Result};
 use crate::format::checkpoint::Checkpoint;
-use crate::format::namespace::{FileType, Snapshot, Subvolume};
+use crate::format::namespace::{FileType, Inode, Snapshot, Subvolume};
 use crate::format::superblock::{KNOWN_READ_ONLY_COMPAT, Superblock};
 use crate::format::{BtreeId, ChecksumKind, CompressionKind, Position};
 use crate::journal::{Journal, JournalConfig, Log, read_log};
 use crate::metrics::Metrics;
-use crate::namespace::NewInode;
 use crate::options::{AccessTimes, CompressionChoice, MountOptions};
 use crate::pagecache::{Cache, CacheOptions};
 use crate::recovery::{replay, superblock};
@@ -27,8 +24,8 @@ use crate::snapshot::Snapshots;
 use crate::space::Space;
 use crate::sync::Mutex;
 use crate::sync::atomic::AtomicU64;
-use crate::transaction::{CommitOptions, Transactions};
-use crate::units::{BucketIndex, DeviceIndex, JournalSequence, SnapshotId};
+use crate::transaction::{CommitOptions, Transaction, Transactions};
+use crate::units::{BucketIndex, DeviceIndex, InodeNumber, JournalSequence, SnapshotId};
 use crate::vfs::{AccessTime, Vfs, VfsConfig, VfsOptions};
 use crate::workers::{OnFailure, WorkerThreads};
 
@@ -173,41 +170,10 @@ fn unescape(field: &str) -> String {
         .fold(field.to_owned(), |text, (from, to)| text.replace(from, to))
 }
 
-/// The journal as checkpoints see it.
-struct Log4Checkpoints(Arc<Journal>);
-
-impl CheckpointLog for Log4Checkpoints {
-    fn boundary(&self) -> Result<LogBoundary> {
-        let boundary = self.0.boundary()?;
-        Ok(LogBoundary {
-            first_replay: boundary.first_replay,
-            offset: boundary.offset,
-            previous_checksum: boundary.previous_checksum,
-            totals: boundary.totals.to_stored(),
-        })
-    }
-
-    fn flush(&self, upto: JournalSequence) -> Result<()> {
-        self.0.flush(upto)
-    }
-
-    fn newest(&self) -> JournalSequence {
-        self.0.newest()
-    }
-
-    fn release_before(&self, offset: u64, sequence: JournalSequence) {
-        self.0.release_before(offset, sequence);
-    }
-
-    fn fill_permille(&self) -> u32 {
-        self.0.unreflected_permille()
-    }
-}
-
 /// Space as the trees' nodes see it.
-struct Buckets4Nodes(Arc<Space>);
+struct SpaceForNodes(Arc<Space>);
 
-impl NodeBuckets for Buckets4Nodes {
+impl NodeBuckets for SpaceForNodes {
     fn claim(&self, count: usize) -> Result<Vec<(DeviceIndex, BucketIndex)>> {
         Ok(self.0.claim_node_buckets(count)?.into_iter().map(|claimed| (claimed.device, claimed.bucket)).collect())
     }
@@ -312,6 +278,15 @@ impl Filesystem {
     /// # Errors
     /// [`Error::Unusable`] with what to do; [`Error::Corrupt`] for damage that recovery cannot get around; the device's.
     pub fn open(devices: Vec<Arc<dyn BlockDevice>>, options: &OpenOptions) -> Result<Arc<Self>> {
+        Self::open_prepared(devices, options, |_| Ok(()))
+    }
+
+    /// `prepare` runs when transactions work, before anything looks at what the trees hold.
+    fn open_prepared(
+        devices: Vec<Arc<dyn BlockDevice>>,
+        options: &OpenOptions,
+        prepare: impl FnOnce(&Transactions) -> Result<()>,
+    ) -> Result<Arc<Self>> {
         let env = options.env.clone().unwrap_or_else(Env::real);
         let metrics = Arc::new(Metrics::default());
         let checked: Vec<_> =
@@ -363,9 +338,22 @@ impl Filesystem {
             Arc::clone(&metrics),
             options.switches,
         )?;
-        forest.set_node_buckets(Arc::new(Buckets4Nodes(Arc::clone(&space))));
-        let filesystem =
-            Self::assemble(superblock, checked, devices, env, metrics, forest, journal, transactions, space, opening, replayed, options)?;
+        forest.set_node_buckets(Arc::new(SpaceForNodes(Arc::clone(&space))));
+        prepare(&transactions)?;
+        let filesystem = Self::assemble(
+            superblock,
+            checked,
+            devices,
+            env,
+            metrics,
+            forest,
+            journal,
+            transactions,
+            space,
+            opening,
+            replayed,
+            options,
+        )?;
         filesystem.start(options)?;
         if replayed.keys > 0 {
             tracing::info!(records = replayed.records, keys = replayed.keys, "recovered: the journal was replayed");
@@ -450,13 +438,7 @@ impl Filesystem {
         if options.read_only {
             return Ok(());
         }
-        let pressed = Arc::downgrade(&self.forest);
-        self.journal.set_pressure_hook(Box::new(move || {
-            if let Some(forest) = pressed.upgrade() {
-                forest.request_checkpoint();
-            }
-        }));
-        let log: Arc<dyn CheckpointLog> = Arc::new(Log4Checkpoints(Arc::clone(&self.journal)));
+        let log: Arc<dyn CheckpointLog> = Arc::clone(&self.journal) as _;
         let mut workers: Vec<Arc<dyn Worker>> = self.journal.workers();
         workers.push(self.forest.checkpoint_worker(Arc::clone(&log), CHECKPOINT_IDLE));
         workers.extend(self.space.workers());
@@ -482,7 +464,7 @@ impl Filesystem {
     }
 
     pub(super) fn take_checkpoint(&self, reason: CheckpointReason) -> Result<()> {
-        self.forest.checkpoint(&Log4Checkpoints(Arc::clone(&self.journal)), reason).map(|_| ())
+        self.forest.checkpoint(&*self.journal, reason).map(|_| ())
     }
 
     /// Makes a new filesystem on a device: everything on it is lost.
@@ -498,30 +480,36 @@ impl Filesystem {
             env: Some(Arc::clone(env)),
             ..OpenOptions::default()
         };
-        let filesystem = Self::open(vec![Arc::clone(device)], &open)?;
-        let made = filesystem.transactions.run(CommitOptions::default(), |transaction| {
-            let snapshot = Snapshot { parent: 0, subvolume: 0 };
-            transaction.put(BtreeId::Snapshots, Position::new(0, SnapshotId::ROOT.0.into(), 0), snapshot.encode()?);
-            let subvolume = Subvolume { snapshot: SnapshotId::ROOT.0, root: crate::units::InodeNumber::ROOT.0 };
-            transaction.put(BtreeId::Subvolumes, Position::MIN, subvolume.encode()?);
-            let root = NewInode {
-                file_type: FileType::Directory,
-                permissions: 0o755,
-                umask: 0,
-                uid: options.owner.0,
-                gid: options.owner.1,
-                device_number: 0,
-                symlink_target: None,
-                generation: env.random_u64(),
-                now: env.now(),
-            };
-            filesystem.namespace().create_root(transaction, &root)
-        });
-        let closed = filesystem.close();
-        made?;
-        closed?;
+        let filesystem = Self::open_prepared(vec![Arc::clone(device)], &open, |transactions| {
+            transactions.run(CommitOptions::default(), |transaction| make_root(transaction, options, env)).map(|_| ())
+        })?;
+        filesystem.close()?;
         Ok(superblock)
     }
+}
+
+/// The first transaction of a filesystem: a snapshot, a subvolume that writes in it, and the subvolume's root directory.
+fn make_root(transaction: &mut Transaction<'_>, options: &FormatOptions, env: &Env) -> Result<()> {
+    let snapshot = Snapshot { parent: 0, subvolume: 0 };
+    transaction.put(BtreeId::Snapshots, Position::new(0, SnapshotId::ROOT.0.into(), 0), snapshot.encode()?);
+    let subvolume = Subvolume { snapshot: SnapshotId::ROOT.0, root: InodeNumber::ROOT.0 };
+    transaction.put(BtreeId::Subvolumes, Position::MIN, subvolume.encode()?);
+    let now = env.now().into();
+    let root = Inode {
+        mode: FileType::Directory.mode_bits() | 0o755,
+        uid: options.owner.0,
+        gid: options.owner.1,
+        link_count: 2,
+        generation: env.random_u64(),
+        access_time: now,
+        modification_time: now,
+        change_time: now,
+        birth_time: now,
+        parent: InodeNumber::ROOT.0,
+        ..Inode::default()
+    };
+    transaction.put(BtreeId::Inodes, Position::new(InodeNumber::ROOT.0, 0, SnapshotId::ROOT.0), root.encode()?);
+    Ok(())
 }
 
 /// The newest checkpoint whose trees and log can be read. If the newest one's log is damaged, the one before it has the same records and more, so
