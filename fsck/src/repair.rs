@@ -7,10 +7,10 @@
 use coppicefs::env::Timestamp;
 use coppicefs::filesystem::Filesystem;
 use coppicefs::format::namespace::{Dirent, DirentBucket, FileType, Inode};
-use coppicefs::format::space::{BucketState, DeviceUsage, FreeBucket};
+use coppicefs::format::extent::ExtentValue;
+use coppicefs::format::space::{Backpointer, BucketState, DeviceUsage, FreeBucket};
 use coppicefs::format::{BtreeId, Position};
 use coppicefs::recovery::superblock;
-use coppicefs::space::Space;
 use coppicefs::transaction::{CommitOptions, Transaction};
 use coppicefs::units::{InodeNumber, SnapshotId};
 use coppicefs::{Error, Result};
@@ -34,7 +34,9 @@ pub fn repair(filesystem: &Filesystem, problems: &[Problem]) -> Result<usize> {
                 }
             }
             // Reading a node whose copy is bad marks it to be written whole, elsewhere, by the checkpoint below.
-            Problem::NodeCopy { btree, from, level, .. } => filesystem.forest().touch(*btree, *from, *level)?,
+            Problem::NodeCopy { btree, from, .. } => {
+                filesystem.forest().get(*btree, *from)?;
+            }
             Problem::Unconnected { inode } => connect(filesystem, InodeNumber(*inode))?,
             _ => {
                 let options = CommitOptions { raw: true, ..CommitOptions::reclaim() };
@@ -72,7 +74,9 @@ fn repair_key(transaction: &mut Transaction<'_>, problem: &Problem) -> Result<()
     match problem {
         Problem::BackpointerMissing { extent, place } => {
             let Some(value) = transaction.get(BtreeId::Extents, *extent)? else { return Ok(()) };
-            if let Some(backpointer) = Space::backpointer_of(*extent, &value)? {
+            if let ExtentValue::Data(data) = ExtentValue::decode(&value)? {
+                let backpointer =
+                    Backpointer { btree: BtreeId::Extents, disk_bytes: data.disk_bytes, position: *extent };
                 transaction.put(BtreeId::Backpointers, *place, backpointer.encode());
             }
         }

@@ -7,6 +7,7 @@ use coppicefs::format::extent::{DataExtent, ExtentPointer, ExtentValue};
 use coppicefs::format::journal::AccountingCounter;
 use coppicefs::format::namespace::FileType;
 use coppicefs::format::space::{Backpointer, Bucket};
+use coppicefs::format::superblock::{Geometry, Superblock};
 use coppicefs::format::{BtreeId, CompressionKind, Position};
 use rayon::prelude::*;
 
@@ -155,7 +156,7 @@ fn check_pointer(
         compressed: data.compression != CompressionKind::None,
     });
     checker.state.backpointers_expected += 1;
-    let place = coppicefs::space::backpointer_position(superblock, position, data, &pointer);
+    let place = backpointer_place(superblock, position, data, &pointer);
     match unless_damaged(checker.filesystem.forest().get(BtreeId::Backpointers, place))? {
         Ok(Some(value)) => {
             let expected = Backpointer { btree: BtreeId::Extents, disk_bytes: data.disk_bytes, position };
@@ -234,7 +235,16 @@ fn wrong_backpointer(checker: &Checker<'_>, place: Position, value: &[u8]) -> Re
     };
     let superblock = checker.filesystem.superblock();
     let leads_back = matches!(&extent, Ok(ExtentValue::Data(data)) if data.pointers.iter().any(|pointer| {
-        coppicefs::space::backpointer_position(superblock, backpointer.position, data, pointer) == place
+        backpointer_place(superblock, backpointer.position, data, pointer) == place
     }));
     Ok((!leads_back).then(|| format!("the extent that ends at {} is elsewhere", backpointer.position)))
+}
+
+/// Where the backpointer of one copy of an extent stands: by the format's document, not by the code that writes it.
+fn backpointer_place(superblock: &Superblock, position: Position, data: &DataExtent, pointer: &ExtentPointer) -> Position {
+    let Geometry { bucket_bytes, block_bytes, .. } = superblock.geometry;
+    let bucket = pointer.offset / u64::from(bucket_bytes);
+    let within = pointer.offset % u64::from(bucket_bytes);
+    let block = u64::from(data.frame_offset / block_bytes);
+    Position::new(u64::from(pointer.device.0) << 48 | bucket, within << 32 | block, position.snapshot)
 }
