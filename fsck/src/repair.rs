@@ -6,8 +6,8 @@
 
 use coppicefs::env::Timestamp;
 use coppicefs::filesystem::Filesystem;
-use coppicefs::format::namespace::{Dirent, DirentBucket, FileType, Inode};
 use coppicefs::format::extent::ExtentValue;
+use coppicefs::format::namespace::{Dirent, DirentBucket, FileType, Inode};
 use coppicefs::format::space::{Backpointer, BucketState, DeviceUsage, FreeBucket};
 use coppicefs::format::{BtreeId, Position};
 use coppicefs::recovery::superblock;

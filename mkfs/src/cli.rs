@@ -96,7 +96,9 @@ pub fn run(arguments: &Arguments) -> Result<()> {
             )
         }
         (_, Some(wanted)) => wanted,
-        (Some(Existing { size_bytes: 0, .. }), None) => bail!("{} is empty: say how large with --size", target.display()),
+        (Some(Existing { size_bytes: 0, .. }), None) => {
+            bail!("{} is empty: say how large with --size", target.display())
+        }
         (Some(Existing { size_bytes, .. }), None) => size_bytes,
         (None, None) => bail!("{} does not exist: give --size to make a new image", target.display()),
     };

@@ -44,12 +44,42 @@ enum Figure {
 }
 
 const JOBS: &[Job] = &[
-    Job { name: "seq-write", text: include_str!("../fio/seq-write.fio"), direction: "write", figure: Figure::MebibytesPerSecond },
-    Job { name: "seq-read", text: include_str!("../fio/seq-read.fio"), direction: "read", figure: Figure::MebibytesPerSecond },
-    Job { name: "rand-write", text: include_str!("../fio/rand-write.fio"), direction: "write", figure: Figure::OperationsPerSecond },
-    Job { name: "rand-read", text: include_str!("../fio/rand-read.fio"), direction: "read", figure: Figure::OperationsPerSecond },
-    Job { name: "sync-write", text: include_str!("../fio/sync-write.fio"), direction: "write", figure: Figure::OperationsPerSecond },
-    Job { name: "many-files", text: include_str!("../fio/many-files.fio"), direction: "write", figure: Figure::OperationsPerSecond },
+    Job {
+        name: "seq-write",
+        text: include_str!("../fio/seq-write.fio"),
+        direction: "write",
+        figure: Figure::MebibytesPerSecond,
+    },
+    Job {
+        name: "seq-read",
+        text: include_str!("../fio/seq-read.fio"),
+        direction: "read",
+        figure: Figure::MebibytesPerSecond,
+    },
+    Job {
+        name: "rand-write",
+        text: include_str!("../fio/rand-write.fio"),
+        direction: "write",
+        figure: Figure::OperationsPerSecond,
+    },
+    Job {
+        name: "rand-read",
+        text: include_str!("../fio/rand-read.fio"),
+        direction: "read",
+        figure: Figure::OperationsPerSecond,
+    },
+    Job {
+        name: "sync-write",
+        text: include_str!("../fio/sync-write.fio"),
+        direction: "write",
+        figure: Figure::OperationsPerSecond,
+    },
+    Job {
+        name: "many-files",
+        text: include_str!("../fio/many-files.fio"),
+        direction: "write",
+        figure: Figure::OperationsPerSecond,
+    },
 ];
 
 #[derive(Serialize)]
@@ -118,13 +148,19 @@ fn run_job(job: &Job, directory: &Path, quick: bool) -> Result<f64> {
     }
     let output = fio.arg(&file).current_dir(folder.path()).output().context("starting fio")?;
     if !output.status.success() {
-        bail!("fio's job {} failed on {}: {}", job.name, directory.display(), String::from_utf8_lossy(&output.stderr).trim());
+        bail!(
+            "fio's job {} failed on {}: {}",
+            job.name,
+            directory.display(),
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
     }
     // fio writes warnings before its JSON.
     let text = String::from_utf8_lossy(&output.stdout);
     let json = text.find('{').and_then(|start| text.get(start..)).unwrap_or_default();
     let parsed: serde_json::Value = serde_json::from_str(json).context("reading fio's JSON")?;
-    let figures = parsed.pointer("/jobs/0").and_then(|first| first.get(job.direction)).context("fio reported no job")?;
+    let figures =
+        parsed.pointer("/jobs/0").and_then(|first| first.get(job.direction)).context("fio reported no job")?;
     let number = |name: &str| figures.get(name).and_then(serde_json::Value::as_f64).unwrap_or(0.0);
     Ok(match job.figure {
         Figure::MebibytesPerSecond => number("bw_bytes") / f64::from(1 << 20),

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::commands::{install, journal, list, mounted, show_super, usage};
-use crate::{bench, mount, probe, trial};
+use crate::{bench, image, mount, trial};
 
 /// A copy-on-write filesystem in userspace.
 #[derive(Parser, Debug)]
@@ -36,12 +36,6 @@ enum Command {
     Stats(mounted::StatsArguments),
     /// Make everything on a mounted filesystem durable
     Sync(mounted::SyncArguments),
-    /// Show what this kernel's FUSE does, fact by fact
-    Probe {
-        /// As JSON
-        #[arg(long)]
-        json: bool,
-    },
     /// Install this program and the links by which mount(8) and fsck(8) find it
     Install(install::Arguments),
     /// Print a completion script for a shell
@@ -71,8 +65,7 @@ pub fn run_by_name() -> ExitCode {
     match name.as_str() {
         "mkfs.coppice" | "mkfs-coppice" => by("mkfs"),
         "fsck.coppice" | "fsck-coppice" => by("fsck"),
-        "mount.coppice" | "mount-coppice" | "mount.fuse.coppice" => by("mount"),
-        "umount.fuse.coppice" => finish(mount::unmount_and_wait(&rest)),
+        "mount.coppice" | "mount-coppice" | "mount.fuse.coppice" => mount::main_with(image::open),
         _ => run(Cli::parse()),
     }
 }
@@ -89,7 +82,7 @@ fn finish(outcome: anyhow::Result<()>) -> ExitCode {
 
 fn run(cli: Cli) -> ExitCode {
     let outcome = match cli.command {
-        Command::Mount(command) => return mount::run_command(&command),
+        Command::Mount(command) => return mount::run(&command, image::open),
         Command::Fsck(arguments) => {
             log_to_terminal();
             return ExitCode::from(coppicefs_fsck::cli::run(&arguments));
@@ -111,7 +104,6 @@ fn run_simple(command: Command) -> anyhow::Result<()> {
         Command::Journal(arguments) => journal::run(&arguments),
         Command::Stats(arguments) => mounted::stats(&arguments),
         Command::Sync(arguments) => mounted::sync(&arguments),
-        Command::Probe { json } => probe::run(json),
         Command::Install(arguments) => install::run(&arguments),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "coppice", &mut std::io::stdout());

@@ -99,7 +99,9 @@ impl Trial {
         self.say("read it back and compare every byte");
         timed(|| compare_tree(&source, &copy, &files).map(|()| ((), size(bytes))))?;
 
-        self.say(&format!("write and fsync files from two threads; after {SYNCS_BEFORE_KILL} fsyncs kill the daemon with SIGKILL"));
+        self.say(&format!(
+            "write and fsync files from two threads; after {SYNCS_BEFORE_KILL} fsyncs kill the daemon with SIGKILL"
+        ));
         let synced = timed(|| self.write_until_killed().map(done))?;
 
         self.say("mount it again: the journal is replayed, no fsck is needed");
@@ -204,7 +206,8 @@ fn source_tree(arguments: &Arguments) -> Result<PathBuf> {
     let cargo = std::env::var_os("CARGO_HOME")
         .map(PathBuf::from)
         .or_else(|| std::env::var_os("HOME").map(|home| Path::new(&home).join(".cargo")));
-    let candidates = [cargo.map(|cargo| cargo.join("registry/src")), Some("/usr/include".into()), Some("/usr/share".into())];
+    let candidates =
+        [cargo.map(|cargo| cargo.join("registry/src")), Some("/usr/include".into()), Some("/usr/share".into())];
     let found = candidates.into_iter().flatten().find(|path| path.is_dir());
     found.context("no tree to copy: name one with --tree")
 }

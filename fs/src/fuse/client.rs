@@ -56,7 +56,8 @@ pub fn statistics(mount: &Path) -> Result<Vec<(String, u64)>> {
             ioctl(&file, Updater::<{ IOCTL_STATISTICS as rustix::ioctl::Opcode }, [u8; PAGE_BYTES]>::new(&mut page))
         };
         outcome.map_err(|errno| not_ours(mount, errno))?;
-        let (length, rest) = page.split_first_chunk().map_or((0, [].as_slice()), |(length, rest)| (u64::from_le_bytes(*length), rest));
+        let (length, rest) =
+            page.split_first_chunk().map_or((0, [].as_slice()), |(length, rest)| (u64::from_le_bytes(*length), rest));
         let wanted = usize::try_from(length.min(TEXT_BYTES_MAX)).unwrap_or(0).saturating_sub(text.len());
         if wanted == 0 {
             break;
@@ -66,6 +67,8 @@ pub fn statistics(mount: &Path) -> Result<Vec<(String, u64)>> {
     let text = String::from_utf8_lossy(&text);
     Ok(text
         .lines()
-        .filter_map(|line| line.split_once(' ').and_then(|(name, value)| Some((name.to_owned(), value.trim().parse().ok()?))))
+        .filter_map(|line| {
+            line.split_once(' ').and_then(|(name, value)| Some((name.to_owned(), value.trim().parse().ok()?)))
+        })
         .collect())
 }

@@ -11,6 +11,7 @@
 
 mod adapter;
 mod attributes;
+pub mod client;
 mod init;
 mod memory_filesystem;
 pub mod mounts;

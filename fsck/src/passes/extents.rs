@@ -241,7 +241,12 @@ fn wrong_backpointer(checker: &Checker<'_>, place: Position, value: &[u8]) -> Re
 }
 
 /// Where the backpointer of one copy of an extent stands: by the format's document, not by the code that writes it.
-fn backpointer_place(superblock: &Superblock, position: Position, data: &DataExtent, pointer: &ExtentPointer) -> Position {
+fn backpointer_place(
+    superblock: &Superblock,
+    position: Position,
+    data: &DataExtent,
+    pointer: &ExtentPointer,
+) -> Position {
     let Geometry { bucket_bytes, block_bytes, .. } = superblock.geometry;
     let bucket = pointer.offset / u64::from(bucket_bytes);
     let within = pointer.offset % u64::from(bucket_bytes);

@@ -34,8 +34,7 @@ pub(super) fn run(checker: &mut Checker<'_>) -> Result<()> {
         Ok(())
     })?;
     let pages = reader.read_map(&opening.newest)?;
-    let recorded: Slots =
-        pages.into_iter().flatten().map(|entry| ((entry.device, entry.bucket), entry.used)).collect();
+    let recorded: Slots = pages.into_iter().flatten().map(|entry| ((entry.device, entry.bucket), entry.used)).collect();
     let mut keys: Vec<_> = reachable.keys().chain(recorded.keys()).copied().collect();
     keys.sort_unstable();
     keys.dedup();

@@ -14,28 +14,31 @@ pub fn value(btree: BtreeId, value: &[u8]) -> String {
         BtreeId::Extents => ExtentValue::decode(value).map(|extent| describe_extent(&extent)),
         BtreeId::Inodes => Inode::decode(value).map(|inode| describe_inode(&inode)),
         BtreeId::Dirents => DirentBucket::decode(value).map(|bucket| {
-            let names = bucket.0.iter().map(|dirent| {
-                format!("'{}' -> {} ({:?})", printable(&dirent.name), dirent.inode, dirent.file_type)
-            });
+            let names = bucket
+                .0
+                .iter()
+                .map(|dirent| format!("'{}' -> {} ({:?})", printable(&dirent.name), dirent.inode, dirent.file_type));
             names.collect::<Vec<_>>().join(", ")
         }),
         BtreeId::Xattrs => XattrBucket::decode(value).map(|bucket| {
-            let names = bucket.0.iter().map(|xattr| format!("{} = {} bytes", printable(&xattr.name), xattr.value.len()));
+            let names =
+                bucket.0.iter().map(|xattr| format!("{} = {} bytes", printable(&xattr.name), xattr.value.len()));
             names.collect::<Vec<_>>().join(", ")
         }),
         BtreeId::Buckets => Bucket::decode(value).map(|bucket| {
             format!("{:?} generation {} charged {}", bucket.state, bucket.generation, bucket.charged_bytes)
         }),
-        BtreeId::FreeSpace => {
-            FreeBucket::decode(value).map(|free| if free.discarded { "discarded".into() } else { "written before".into() })
-        }
+        BtreeId::FreeSpace => FreeBucket::decode(value)
+            .map(|free| if free.discarded { "discarded".into() } else { "written before".into() }),
         BtreeId::NeedDiscard | BtreeId::Orphans => Ok(String::new()),
         BtreeId::Backpointers => Backpointer::decode(value)
             .map(|back| format!("{} {} ({} bytes on disk)", back.btree.name(), back.position, back.disk_bytes)),
         BtreeId::LoggedOperations => LoggedOperation::decode(value).map(|operation| format!("{operation:?}")),
         BtreeId::Subvolumes => Subvolume::decode(value).map(|subvolume| format!("{subvolume:?}")),
         BtreeId::Snapshots => Snapshot::decode(value).map(|snapshot| format!("{snapshot:?}")),
-        BtreeId::Devices => DeviceUsage::decode(value).map(|usage| format!("untouched from bucket {}", usage.untouched_from)),
+        BtreeId::Devices => {
+            DeviceUsage::decode(value).map(|usage| format!("untouched from bucket {}", usage.untouched_from))
+        }
     };
     text.unwrap_or_else(|error| error.to_string())
 }

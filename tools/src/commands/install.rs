@@ -19,10 +19,17 @@ pub struct Arguments {
 }
 
 /// Names in PREFIX/bin by which the program is started; it looks at its own name.
-const NAMES: &[&str] =
-    &["mkfs-coppice", "fsck-coppice", "mount-coppice", "mkfs.coppice", "fsck.coppice", "mount.coppice", "mount.fuse.coppice"];
+const NAMES: &[&str] = &[
+    "mkfs-coppice",
+    "fsck-coppice",
+    "mount-coppice",
+    "mkfs.coppice",
+    "fsck.coppice",
+    "mount.coppice",
+    "mount.fuse.coppice",
+];
 /// Names that mount(8), umount(8), mkfs(8) and fsck(8) look for.
-const HELPERS: &[&str] = &["mkfs.coppice", "fsck.coppice", "mount.coppice", "mount.fuse.coppice", "umount.fuse.coppice"];
+const HELPERS: &[&str] = &["mkfs.coppice", "fsck.coppice", "mount.coppice", "mount.fuse.coppice"];
 
 /// Runs it.
 ///
@@ -52,7 +59,9 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
 /// Makes a link, in place of an older one of ours; refuses to replace anything that is not a link.
 fn link(target: &Path, path: &Path) -> anyhow::Result<()> {
     match fs::symlink_metadata(path) {
-        Ok(metadata) if metadata.is_symlink() => fs::remove_file(path).with_context(|| format!("replacing {}", path.display()))?,
+        Ok(metadata) if metadata.is_symlink() => {
+            fs::remove_file(path).with_context(|| format!("replacing {}", path.display()))?
+        }
         Ok(_) => anyhow::bail!("{} is in the way and is not a link: remove it, or install elsewhere", path.display()),
         Err(_) => {}
     }

@@ -46,7 +46,9 @@ struct JsonKey {
 fn position(text: &str, rest: Position) -> anyhow::Result<Position> {
     let mut parts = text.split(':');
     let mut next = |default: u64| parts.next().map_or(Ok(default), str::parse::<u64>);
-    let parsed = (|| Ok::<_, anyhow::Error>((next(rest.inode)?, next(rest.offset)?, u32::try_from(next(rest.snapshot.into())?)?)))();
+    let parsed = (|| {
+        Ok::<_, anyhow::Error>((next(rest.inode)?, next(rest.offset)?, u32::try_from(next(rest.snapshot.into())?)?))
+    })();
     match parsed {
         Ok((inode, offset, snapshot)) if parts.next().is_none() => Ok(Position::new(inode, offset, snapshot)),
         _ => bail!("'{text}' is not a position: INODE[:OFFSET[:SNAPSHOT]]"),

@@ -87,7 +87,8 @@ fn shown(superblock: &Superblock, stale: Vec<String>) -> Shown {
         bucket_bytes: superblock.geometry.bucket_bytes,
         node_bytes: superblock.geometry.node_bytes,
         metadata_replicas: superblock.geometry.metadata_replicas,
-        checksum: ChecksumKind::from_stored(defaults.checksum).map_or_else(|error| error.to_string(), |kind| kind.to_string()),
+        checksum: ChecksumKind::from_stored(defaults.checksum)
+            .map_or_else(|error| error.to_string(), |kind| kind.to_string()),
         compression,
         created_at: defaults.created_at,
         created_by: defaults.created_by.clone(),
@@ -102,7 +103,10 @@ fn shown(superblock: &Superblock, stale: Vec<String>) -> Shown {
             .collect(),
         journal: superblock.layout.journal.iter().map(Into::into).collect(),
         checkpoints: superblock.layout.checkpoints.iter().map(Into::into).collect(),
-        superblock_copies: superblock.members.first().map_or_else(Vec::new, |member| copy_offsets(member.size_bytes).to_vec()),
+        superblock_copies: superblock
+            .members
+            .first()
+            .map_or_else(Vec::new, |member| copy_offsets(member.size_bytes).to_vec()),
         stale_copies: stale,
         errors: superblock.errors.counts.clone(),
     }
@@ -132,7 +136,13 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     row("UUID", shown.uuid.clone());
     row("Label", shown.label.clone());
     row("Format version", format!("{} (readable from {})", shown.version, shown.version_minimum));
-    row("Features", format!("compat {:#x}, read-only-compat {:#x}, incompat {:#x}", shown.compat, shown.read_only_compat, shown.incompat));
+    row(
+        "Features",
+        format!(
+            "compat {:#x}, read-only-compat {:#x}, incompat {:#x}",
+            shown.compat, shown.read_only_compat, shown.incompat
+        ),
+    );
     row("Sequence", shown.sequence.to_string());
     row("Block size", output::size(shown.block_bytes.into()));
     row("Bucket size", output::size(shown.bucket_bytes.into()));
@@ -142,7 +152,10 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     row("Compression", shown.compression.clone());
     row("Made by", shown.created_by.clone());
     for (index, device) in shown.devices.iter().enumerate() {
-        row(&format!("Device {index}"), format!("{} in {} buckets, {}", output::size(device.size_bytes), device.buckets, device.uuid));
+        row(
+            &format!("Device {index}"),
+            format!("{} in {} buckets, {}", output::size(device.size_bytes), device.buckets, device.uuid),
+        );
     }
     row("Journal", ranges(&shown.journal));
     row("Checkpoint area", ranges(&shown.checkpoints));

@@ -83,8 +83,11 @@ impl Usage {
 /// # Errors
 /// Those of opening, or if a directory is no mount of ours.
 pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
-    let usage =
-        if arguments.target.is_dir() { Usage::of_mount(&arguments.target)? } else { Usage::of_image(&arguments.target)? };
+    let usage = if arguments.target.is_dir() {
+        Usage::of_mount(&arguments.target)?
+    } else {
+        Usage::of_image(&arguments.target)?
+    };
     if arguments.json {
         return output::json(&usage);
     }
@@ -106,7 +109,11 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         #[allow(clippy::cast_precision_loss, reason = "a ratio for people")]
         let ratio = usage.compressed_logical_bytes as f64 / usage.compressed_disk_bytes as f64;
         let name = format!("Compressed, ratio {ratio:.2}");
-        let sizes = format!("{} in {}", output::size(usage.compressed_logical_bytes), output::size(usage.compressed_disk_bytes));
+        let sizes = format!(
+            "{} in {}",
+            output::size(usage.compressed_logical_bytes),
+            output::size(usage.compressed_disk_bytes)
+        );
         table.add_row([name, sizes, usage.compressed_disk_bytes.to_string()]);
     }
     table.add_row(["Inodes".to_owned(), usage.inodes.to_string(), String::new()]);
