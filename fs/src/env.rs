@@ -117,6 +117,20 @@ struct Simulation {
     random: Mutex<Xoshiro256PlusPlus>,
     clock: Mutex<Duration>,
     actors: Mutex<Vec<Actor>>,
+    /// How many [`Quiet`] guards are alive.
+    quiet: Mutex<u32>,
+}
+
+/// While it lives, [`Env::maybe_yield`] does nothing. See [`Env::quiet`].
+#[derive(Debug)]
+pub struct Quiet<'a>(&'a Env);
+
+impl Drop for Quiet<'_> {
+    fn drop(&mut self) {
+        if let Some(simulation) = &self.0.simulation {
+            *simulation.quiet.lock() -= 1;
+        }
+    }
 }
 
 struct Actor {
@@ -159,6 +173,7 @@ impl Env {
                 random: Mutex::new(Xoshiro256PlusPlus::seed_from_u64(seed)),
                 clock: Mutex::new(Duration::ZERO),
                 actors: Mutex::new(Vec::new()),
+                quiet: Mutex::new(0),
             }),
         })
     }
@@ -255,10 +270,22 @@ impl Env {
     /// # Errors
     /// What the worker failed with.
     pub fn maybe_yield(&self, one_in: u64) -> Result<()> {
-        if self.simulation.is_some() && self.random_u64().is_multiple_of(one_in.max(1)) {
+        let Some(simulation) = &self.simulation else { return Ok(()) };
+        if *simulation.quiet.lock() == 0 && self.random_u64().is_multiple_of(one_in.max(1)) {
             self.step_random_worker()?;
         }
         Ok(())
+    }
+
+    /// For workers that others wait for while they hold something: no other worker steps in between until the guard is dropped, except where
+    /// they wait themselves. The simulation has one stack, so whoever was stepped in between and waited for them would wait for ever; in production
+    /// they are threads, and this is nothing.
+    #[must_use]
+    pub fn quiet(&self) -> Quiet<'_> {
+        if let Some(simulation) = &self.simulation {
+            *simulation.quiet.lock() += 1;
+        }
+        Quiet(self)
     }
 
     /// Steps one random worker that is not on the stack, until one makes progress or all were tried. Returns whether one did.

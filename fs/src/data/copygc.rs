@@ -14,6 +14,8 @@
 //! 3. **A key that changed meanwhile is left alone.** Its new data is elsewhere. If the key is unchanged when the move commits, then it was alive all the time
 //!    (offsets of a bucket are handed out once in each generation), so the bytes that were read are its own, checksums or not.
 //!
+//! 4. **It never waits for space**, since those who wait for space wait for it: without space it moves what it can, and goes on with the same bucket later.
+//!
 //! No lock is held over I/O; never takes an inode lock, add or block. Runs when free buckets are low or somebody waits for one
 //! ([`crate::space::Space::copygc_needed`]).
 
@@ -24,7 +26,7 @@ use super::compress;
 use super::extents::{Extent, allocated_bytes, part, signed};
 use super::read::{block_is_good, verified_stream};
 use super::write::stored_value_bytes;
-use crate::alloc::{Allocation, Watermark, WritePoint};
+use crate::alloc::{Allocation, BucketKey, Watermark, WritePoint};
 use crate::device::{ReadRequest, WriteRequest};
 use crate::env::{Event, Progress, Worker};
 use crate::error::{Error, Result};
@@ -33,15 +35,15 @@ use crate::format::space::Backpointer;
 use crate::format::{BtreeId, ChecksumKind, CompressionKind, Position, Value};
 use crate::memory::AlignedBuffer;
 use crate::space::pointer;
-use crate::sync::Arc;
+use crate::sync::{Arc, Mutex};
 use crate::transaction::{CommitOptions, Transaction};
 use crate::units::{BucketIndex, DeviceIndex, InodeNumber};
 
 /// Stored bytes that are read at once.
 const BATCH_BYTES: u64 = 1 << 20;
 
-/// How long to wait before the same victim is tried again if nothing in it could be moved.
-const RETRY_AFTER: std::time::Duration = std::time::Duration::from_millis(100);
+/// How long to wait for space, or if nothing in a victim could be moved.
+const RETRY_AFTER: std::time::Duration = std::time::Duration::from_millis(5);
 
 /// A key that points into the victim.
 struct Live {
@@ -68,8 +70,8 @@ struct Piece {
     /// Bytes of the key's range that it covers.
     from: u64,
     value: ExtentValue,
-    /// Index of its space in the batch's placements.
-    placement: usize,
+    /// Index of its space in the batch's placements; `None`: it stays where it is.
+    placement: Option<usize>,
 }
 
 /// A key and what takes its place.
@@ -80,6 +82,17 @@ struct Move {
     pointer: usize,
     pieces: Vec<Piece>,
     allocated_before: u64,
+}
+
+/// What a batch will do.
+#[derive(Default)]
+struct Plan {
+    placements: Vec<Placement>,
+    moves: Vec<Move>,
+    /// The end of a bucket that was too short for a frame.
+    spare: Option<Allocation>,
+    /// There is no space now without waiting: nothing more is planned.
+    is_full: bool,
 }
 
 /// Space with the bytes that go there.
@@ -97,32 +110,46 @@ enum Bytes {
 /// The worker. One for each filesystem.
 pub struct CopyGc {
     data: Arc<Data>,
+    /// A bucket that is not empty yet, since space ran out.
+    pending: Mutex<Option<BucketKey>>,
+}
+
+/// What moving data out of a bucket came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Evacuated {
+    /// Keys that name other places now.
+    pub moved: usize,
+    /// Whether all of the bucket was looked at; if not, there was no space for the rest.
+    pub is_complete: bool,
 }
 
 impl Data {
     /// The worker that keeps free buckets coming.
     #[must_use]
     pub fn copygc_worker(self: &Arc<Self>) -> Arc<CopyGc> {
-        Arc::new(CopyGc { data: Arc::clone(self) })
+        Arc::new(CopyGc { data: Arc::clone(self), pending: Mutex::new(None) })
     }
 
-    /// Moves all that is alive out of a bucket. Returns how many keys were moved.
+    /// Moves all that is alive out of a bucket, as far as there is space without waiting: others wait for copygc.
     ///
     /// # Errors
     /// The device's or the journal's.
-    pub fn evacuate(&self, device: DeviceIndex, bucket: BucketIndex) -> Result<usize> {
+    pub fn evacuate(&self, device: DeviceIndex, bucket: BucketIndex) -> Result<Evacuated> {
+        let _quiet = self.env.quiet();
         let major = u64::from(device.0) << 48 | bucket.0;
-        let (mut moved, mut cursor) = (0, 0_u64);
-        loop {
-            let (groups, next) = self.collect(device, bucket, major, cursor)?;
-            moved += self.move_groups(device, groups)?;
-            match next {
-                Some(next) => cursor = next,
-                None => break,
+        let mut moved = 0;
+        let mut cursor = Some(0_u64);
+        while let Some(from) = cursor {
+            let (groups, next) = self.collect(device, bucket, major, from)?;
+            let (moved_now, is_complete) = self.move_groups(device, groups)?;
+            moved += moved_now;
+            if !is_complete {
+                return Ok(Evacuated { moved, is_complete });
             }
+            cursor = next;
         }
         self.metrics.copygc_buckets.increment();
-        Ok(moved)
+        Ok(Evacuated { moved, is_complete: true })
     }
 
     /// Live data of the bucket from `cursor` (bytes in the bucket) on, about [`BATCH_BYTES`] of it, and where to go on.
@@ -185,19 +212,22 @@ impl Data {
         Ok(pointer.map(|pointer| Live { position, value, data, extent, pointer }))
     }
 
-    fn move_groups(&self, device: DeviceIndex, mut groups: Vec<Group>) -> Result<usize> {
+    /// Moves what the groups hold. Returns how many keys, and whether there was space for all.
+    fn move_groups(&self, device: DeviceIndex, mut groups: Vec<Group>) -> Result<(usize, bool)> {
         if groups.is_empty() {
-            return Ok(0);
+            return Ok((0, true));
         }
         self.read_groups(device, &mut groups)?;
         let total = groups.iter().map(|group| group.stored.len() as u64).sum();
         let reservation = self.space.reserve_privileged(total);
-        let mut placements = Vec::new();
-        let mut moves = Vec::new();
-        let mut spare = None;
+        let mut plan = Plan::default();
         for (index, group) in groups.iter().enumerate() {
-            self.plan(index, group, &mut placements, &mut moves, &mut spare)?;
+            self.plan(index, group, &mut plan)?;
+            if plan.is_full {
+                break;
+            }
         }
+        let Plan { placements, moves, spare, is_full } = plan;
         drop(spare);
         let writes = placements.iter().filter_map(|placement| {
             let bytes = match &placement.bytes {
@@ -212,7 +242,7 @@ impl Data {
         self.write_to_devices(writes)?;
         let moved = self.commit_moves(&moves, &placements)?;
         drop(reservation);
-        Ok(moved)
+        Ok((moved, !is_full))
     }
 
     /// Reads all groups in one submission; what fails is read again block by block.
@@ -247,18 +277,11 @@ impl Data {
     }
 
     /// Plans where the bytes of a group go and what its keys become.
-    fn plan(
-        &self,
-        index: usize,
-        group: &Group,
-        placements: &mut Vec<Placement>,
-        moves: &mut Vec<Move>,
-        spare: &mut Option<Allocation>,
-    ) -> Result<()> {
+    fn plan(&self, index: usize, group: &Group, plan: &mut Plan) -> Result<()> {
         let Some(first) = group.keys.first() else { return Ok(()) };
         if first.data.compression == CompressionKind::None {
             for live in &group.keys {
-                self.plan_raw(index, group, live, placements, moves, spare)?;
+                self.plan_raw(index, group, live, plan)?;
             }
             return Ok(());
         }
@@ -271,38 +294,38 @@ impl Data {
                 .is_ok();
             if is_good {
                 for live in &group.keys {
-                    self.plan_part(live, &decoded, placements, moves, spare)?;
+                    self.plan_part(live, &decoded, plan)?;
                 }
                 return Ok(());
             }
         }
-        self.plan_frame(index, group, placements, moves, spare)
+        self.plan_frame(index, group, plan)
     }
 
     /// A raw extent, byte for byte, in as many pieces as the open buckets ask for.
-    fn plan_raw(
-        &self,
-        index: usize,
-        group: &Group,
-        live: &Live,
-        placements: &mut Vec<Placement>,
-        moves: &mut Vec<Move>,
-        spare: &mut Option<Allocation>,
-    ) -> Result<()> {
+    fn plan_raw(&self, index: usize, group: &Group, live: &Live, plan: &mut Plan) -> Result<()> {
         let source = ExtentValue::Data(self.honest_raw(live, group));
         let length = u64::from(live.data.length);
         let mut pieces = Vec::new();
         let mut from = 0;
-        while from < length {
-            let allocation = self.some_space(spare, length - from)?;
+        while from < length && !plan.is_full {
+            let Some(allocation) = self.some_space(plan, length - from)? else { break };
             let to = length.min(from + u64::from(allocation.length));
             let value = part(&source, from, to, self.shape.block_bytes)?;
             let bytes = Bytes::Read { group: index, from: index_of(from), to: index_of(to) };
-            pieces.push(Piece { from, value, placement: placements.len() });
-            placements.push(Placement { allocation, bytes });
+            pieces.push(Piece { from, value, placement: Some(plan.placements.len()) });
+            plan.placements.push(Placement { allocation, bytes });
             from = to;
         }
-        moves.push(new_move(live, pieces));
+        if pieces.is_empty() {
+            return Ok(());
+        }
+        if from < length {
+            // The rest stays for now, with the checksums that it has now.
+            let value = part(&live.extent.value, from, length, self.shape.block_bytes)?;
+            pieces.push(Piece { from, value, placement: None });
+        }
+        plan.moves.push(new_move(live, pieces));
         Ok(())
     }
 
@@ -342,18 +365,11 @@ impl Data {
     }
 
     /// A whole frame as it is, for all its parts.
-    fn plan_frame(
-        &self,
-        index: usize,
-        group: &Group,
-        placements: &mut Vec<Placement>,
-        moves: &mut Vec<Move>,
-        spare: &mut Option<Allocation>,
-    ) -> Result<()> {
+    fn plan_frame(&self, index: usize, group: &Group, plan: &mut Plan) -> Result<()> {
         let length = group.stored.len();
-        let allocation = self.contiguous_space(spare, length as u64)?;
-        let placement = placements.len();
-        placements.push(Placement { allocation, bytes: Bytes::Read { group: index, from: 0, to: length } });
+        let Some(allocation) = self.contiguous_space(plan, length as u64)? else { return Ok(()) };
+        let placement = Some(plan.placements.len());
+        plan.placements.push(Placement { allocation, bytes: Bytes::Read { group: index, from: 0, to: length } });
         for live in &group.keys {
             let mut data = live.data.clone();
             if !group.unreadable.is_empty() {
@@ -368,20 +384,13 @@ impl Data {
                 }
             }
             let piece = Piece { from: 0, value: ExtentValue::Data(data), placement };
-            moves.push(new_move(live, vec![piece]));
+            plan.moves.push(new_move(live, vec![piece]));
         }
         Ok(())
     }
 
     /// A part of a decoded frame, compressed alone or raw. Takes no more than the part is charged with, which is its length.
-    fn plan_part(
-        &self,
-        live: &Live,
-        decoded: &[u8],
-        placements: &mut Vec<Placement>,
-        moves: &mut Vec<Move>,
-        spare: &mut Option<Allocation>,
-    ) -> Result<()> {
+    fn plan_part(&self, live: &Live, decoded: &[u8], plan: &mut Plan) -> Result<()> {
         let from = live.data.frame_offset as usize;
         let bytes = decoded
             .get(from..)
@@ -402,9 +411,9 @@ impl Data {
                 checksums,
                 ..live.data.clone()
             });
-            let allocation = self.contiguous_space(spare, frame.bytes.len() as u64)?;
-            pieces.push(Piece { from: 0, value, placement: placements.len() });
-            placements.push(Placement { allocation, bytes: Bytes::Own(frame.bytes) });
+            let Some(allocation) = self.contiguous_space(plan, frame.bytes.len() as u64)? else { return Ok(()) };
+            pieces.push(Piece { from: 0, value, placement: Some(plan.placements.len()) });
+            plan.placements.push(Placement { allocation, bytes: Bytes::Own(frame.bytes) });
         } else {
             let block = self.shape.block_bytes as usize;
             let checksums = match kind {
@@ -423,39 +432,43 @@ impl Data {
             });
             let mut from = 0;
             while from < u64::from(length) {
-                let allocation = self.some_space(spare, u64::from(length) - from)?;
+                let Some(allocation) = self.some_space(plan, u64::from(length) - from)? else { return Ok(()) };
                 let to = u64::from(length).min(from + u64::from(allocation.length));
                 let own = AlignedBuffer::copy_of(bytes.get(index_of(from)..index_of(to)).unwrap_or_default())?;
                 let value = part(&value, from, to, self.shape.block_bytes)?;
-                pieces.push(Piece { from, value, placement: placements.len() });
-                placements.push(Placement { allocation, bytes: Bytes::Own(own) });
+                pieces.push(Piece { from, value, placement: Some(plan.placements.len()) });
+                plan.placements.push(Placement { allocation, bytes: Bytes::Own(own) });
                 from = to;
             }
         }
-        moves.push(new_move(live, pieces));
+        plan.moves.push(new_move(live, pieces));
         Ok(())
     }
 
-    /// At most `bytes` of space, from what is left over first.
-    fn some_space(&self, spare: &mut Option<Allocation>, bytes: u64) -> Result<Allocation> {
-        match spare.take() {
-            Some(allocation) => Ok(allocation),
-            None => {
-                let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
-                self.space.allocate(WritePoint::CopyGc, bytes, Watermark::CopyGc)
-            }
+    /// At most `bytes` of space, from what is left over first. `None` if there is none now.
+    fn some_space(&self, plan: &mut Plan, bytes: u64) -> Result<Option<Allocation>> {
+        if let Some(allocation) = plan.spare.take() {
+            return Ok(Some(allocation));
         }
+        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
+        let allocation = self.space.try_allocate(WritePoint::CopyGc, bytes, Watermark::CopyGc)?;
+        plan.is_full |= allocation.is_none();
+        Ok(allocation)
     }
 
-    /// `bytes` of contiguous space. The end of a bucket that is too short is left over for raw data.
-    fn contiguous_space(&self, spare: &mut Option<Allocation>, bytes: u64) -> Result<Allocation> {
+    /// `bytes` of contiguous space. The end of a bucket that is too short is left over for raw data. `None` if there is none now.
+    fn contiguous_space(&self, plan: &mut Plan, bytes: u64) -> Result<Option<Allocation>> {
         let wanted = u32::try_from(bytes).unwrap_or(u32::MAX);
         loop {
-            let allocation = self.space.allocate(WritePoint::CopyGc, wanted, Watermark::CopyGc)?;
-            if allocation.length >= wanted {
-                return Ok(allocation);
+            let allocation = self.space.try_allocate(WritePoint::CopyGc, wanted, Watermark::CopyGc)?;
+            match allocation {
+                Some(allocation) if allocation.length < wanted => plan.spare = Some(allocation),
+                Some(allocation) => return Ok(Some(allocation)),
+                None => {
+                    plan.is_full = true;
+                    return Ok(None);
+                }
             }
-            *spare = Some(allocation);
         }
     }
 
@@ -495,14 +508,16 @@ impl Data {
         }
         let mut allocated_delta = -signed(one.allocated_before);
         for piece in &one.pieces {
-            let Some(placement) = placements.get(piece.placement) else {
-                return Err(Error::Bug("a move without a place".into()));
-            };
             let mut value = piece.value.clone();
-            if let ExtentValue::Data(data) = &mut value {
-                match data.pointers.get_mut(one.pointer) {
-                    Some(slot) => *slot = pointer(transaction, &placement.allocation, 0),
-                    None => return Err(Error::Bug("a move of a pointer that does not exist".into())),
+            if let Some(placement) = piece.placement {
+                let Some(placement) = placements.get(placement) else {
+                    return Err(Error::Bug("a move without a place".into()));
+                };
+                if let ExtentValue::Data(data) = &mut value {
+                    match data.pointers.get_mut(one.pointer) {
+                        Some(slot) => *slot = pointer(transaction, &placement.allocation, 0),
+                        None => return Err(Error::Bug("a move of a pointer that does not exist".into())),
+                    }
                 }
             }
             allocated_delta += signed(allocated_bytes(&value));
@@ -545,11 +560,18 @@ impl Worker for CopyGc {
         if !self.data.space.copygc_needed() {
             return Ok(Progress::Idle(None));
         }
-        let Some((device, bucket)) = self.data.space.fragmented_bucket()? else { return Ok(Progress::Idle(None)) };
-        match self.data.evacuate(device, bucket)? {
-            0 => Ok(Progress::Idle(Some(RETRY_AFTER))),
-            _ => Ok(Progress::Worked),
+        let pending = self.pending.lock().take();
+        let victim = match pending {
+            Some(victim) => Some(victim),
+            None => self.data.space.fragmented_bucket()?,
+        };
+        let Some((device, bucket)) = victim else { return Ok(Progress::Idle(None)) };
+        let evacuated = self.data.evacuate(device, bucket)?;
+        if !evacuated.is_complete {
+            *self.pending.lock() = Some((device, bucket));
+            return Ok(Progress::Idle(Some(RETRY_AFTER)));
         }
+        Ok(if evacuated.moved > 0 { Progress::Worked } else { Progress::Idle(Some(RETRY_AFTER)) })
     }
 
     fn event(&self) -> &Event {

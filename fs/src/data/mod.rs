@@ -49,7 +49,7 @@ use crate::transaction::{Transaction, Transactions};
 use crate::units::{DeviceIndex, InodeNumber, JournalSequence, SnapshotId};
 
 pub use compress::Compression;
-pub use copygc::CopyGc;
+pub use copygc::{CopyGc, Evacuated};
 pub use read::{BadRange, ReadPiece};
 pub use write::{WriteCommit, WriteRun};
 

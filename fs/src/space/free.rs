@@ -41,6 +41,8 @@ impl Space {
 
     /// Frees up to `limit` emptied buckets whose emptying is durable. Returns how many.
     pub(super) fn free_emptied(&self, options: CommitOptions, limit: usize) -> Result<usize> {
+        // What is held here is what others wait for.
+        let _quiet = self.env.quiet();
         let reusable = if self.switches.reuse_too_early { JournalSequence(u64::MAX) } else { self.journal.reusable() };
         let mut freed_count = 0;
         while freed_count < limit {
@@ -93,6 +95,7 @@ impl Space {
         if limit == 0 {
             return Ok(0);
         }
+        let _quiet = self.env.quiet();
         let held = self.hold_undiscarded(limit)?;
         if held.is_empty() {
             // Fewer than was thought: start counting afresh.

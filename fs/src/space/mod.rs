@@ -192,6 +192,22 @@ impl Space {
         }
     }
 
+    /// As [`Self::allocate`], but `None` where that would wait for a bucket: for copygc, which others wait for.
+    ///
+    /// # Errors
+    /// The device's, or damage.
+    pub fn try_allocate(&self, point: WritePoint, bytes: u32, watermark: Watermark) -> Result<Option<Allocation>> {
+        loop {
+            match self.allocator.take(point, bytes, watermark) {
+                Take::Space(allocation) => return Ok(Some(allocation)),
+                Take::Refill => {
+                    self.allocator.refill(&store::Store::new(self))?;
+                }
+                Take::Full => return Ok(None),
+            }
+        }
+    }
+
     /// Waits until it is worth trying again. First frees what it can itself.
     fn wait_for_bucket(&self, point: WritePoint, watermark: Watermark) -> Result<()> {
         self.allocator.close_empty();

@@ -141,11 +141,12 @@ impl Staged<'_> {
         for (key, change) in &self.buckets {
             let position = bucket_position(*key);
             let old = decode_bucket(self.transactions.forest.get(BtreeId::Buckets, position)?.as_deref())?;
-            let outcome = self.outcome(*key, old, change)?;
+            // A guess: what was read may be stale, and then the change may look impossible. Only the outcome under the locks counts.
+            let outcome = self.outcome(*key, old, change).ok();
             let btrees = [
                 Some(BtreeId::Buckets),
-                outcome.free_space.map(|_| BtreeId::FreeSpace),
-                outcome.need_discard.map(|_| BtreeId::NeedDiscard),
+                outcome.as_ref().and_then(|outcome| outcome.free_space).map(|_| BtreeId::FreeSpace),
+                outcome.as_ref().and_then(|outcome| outcome.need_discard).map(|_| BtreeId::NeedDiscard),
             ];
             targets.extend(btrees.into_iter().flatten().map(|btree| LeafTarget { btree, position, write: true }));
         }

@@ -33,6 +33,7 @@ fn overwrite_for_long(options: DataOptions, fill_percent: u64, overwrites: u64, 
         let bytes = make((end - start) as usize, round + 1);
         content[start as usize..end as usize].copy_from_slice(&bytes);
         stack.write_runs(inode, &content, &[(start, end)]);
+        assert!(stack.transactions.journal().fill_permille() < 900, "the test's journal is too small, at {round}");
     }
     assert!(stack.metrics.copygc_buckets.get() > 0, "copygc had nothing to do: {:?}", stack.space.usage());
     stack.check(&[(inode, &content)]);

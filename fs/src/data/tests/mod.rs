@@ -147,7 +147,13 @@ impl Stack {
         let reservation = self.space.reserve(bytes).unwrap();
         let size = content.len() as u64;
         let commit = WriteCommit { size_limit: &|| size, update_inode: &|inode| inode.modification_time.seconds += 1 };
-        self.data.write(inode, &runs, reservation, commit).unwrap()
+        match self.data.write(inode, &runs, reservation, commit) {
+            Ok(change) => change,
+            Err(error) => {
+                let journal = self.transactions.journal();
+                panic!("{error}: {:?}, journal {} of 1000 full", self.space.usage(), journal.fill_permille());
+            }
+        }
     }
 
     /// The bytes of `[start, end)`, whole blocks, with what could not be read.
