@@ -105,7 +105,7 @@ impl Reserves {
     #[must_use]
     pub fn overhead_bytes(&self, bytes: u64) -> u64 {
         (bytes / 16).saturating_mul(self.overhead_sixteenths)
-            + if bytes % 16 == 0 { 0 } else { self.overhead_sixteenths }
+            + if bytes.is_multiple_of(16) { 0 } else { self.overhead_sixteenths }
     }
 
     /// The most data, in whole blocks, that fits `bytes` with its overhead.

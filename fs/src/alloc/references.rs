@@ -55,7 +55,6 @@ impl ReferenceTable {
     }
 
     /// Takes a reference on each bucket.
-    #[must_use]
     pub fn take(self: &Arc<Self>, keys: impl IntoIterator<Item = BucketKey>) -> BucketReferences {
         let keys: SmallVec<[BucketKey; 2]> = keys.into_iter().collect();
         for key in &keys {
