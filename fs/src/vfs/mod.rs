@@ -263,3 +263,6 @@ impl Vfs {
         if self.options.read_only || self.check_writable().is_err() { Ok(()) } else { self.write_back_all() }
     }
 }
+
+#[cfg(test)]
+mod tests;
