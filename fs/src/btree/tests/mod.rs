@@ -4,6 +4,7 @@ mod crash;
 mod damage;
 mod disk;
 mod memory;
+mod speed;
 mod threads;
 mod waiting;
 mod world;
