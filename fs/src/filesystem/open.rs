@@ -170,16 +170,27 @@ fn unescape(field: &str) -> String {
         .fold(field.to_owned(), |text, (from, to)| text.replace(from, to))
 }
 
-/// Space as the trees' nodes see it.
-struct SpaceForNodes(Arc<Space>);
+/// Space as the trees' nodes see it. Weak, since space is above the trees and refers to them.
+struct SpaceForNodes(std::sync::Weak<Space>);
+
+impl SpaceForNodes {
+    fn space(&self) -> Result<Arc<Space>> {
+        self.0.upgrade().ok_or(Error::Shutdown)
+    }
+}
 
 impl NodeBuckets for SpaceForNodes {
     fn claim(&self, count: usize) -> Result<Vec<(DeviceIndex, BucketIndex)>> {
-        Ok(self.0.claim_node_buckets(count)?.into_iter().map(|claimed| (claimed.device, claimed.bucket)).collect())
+        Ok(self
+            .space()?
+            .claim_node_buckets(count)?
+            .into_iter()
+            .map(|claimed| (claimed.device, claimed.bucket))
+            .collect())
     }
 
     fn release(&self, device: DeviceIndex, bucket: BucketIndex) -> Result<JournalSequence> {
-        self.0.release_node_bucket(device, bucket)
+        self.space()?.release_node_bucket(device, bucket)
     }
 }
 
@@ -338,7 +349,7 @@ impl Filesystem {
             Arc::clone(&metrics),
             options.switches,
         )?;
-        forest.set_node_buckets(Arc::new(SpaceForNodes(Arc::clone(&space))));
+        forest.set_node_buckets(Arc::new(SpaceForNodes(Arc::downgrade(&space))));
         prepare(&transactions)?;
         let filesystem = Self::assemble(
             superblock,
