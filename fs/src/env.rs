@@ -92,6 +92,15 @@ impl Event {
         *self.generation.lock()
     }
 
+    /// Blocks the thread until the generation differs from `seen`: loom's form, which knows no time.
+    #[cfg(loom)]
+    pub fn wait_past(&self, seen: u64, _: Option<Duration>) {
+        let mut generation = self.generation.lock();
+        while *generation == seen {
+            generation = self.changed.wait_owned(generation);
+        }
+    }
+
     /// Blocks the thread until the generation differs from `seen`, or `timeout` passes. Production only: simulated code waits
     /// through [`Env::wait`].
     #[cfg(not(loom))]
@@ -240,10 +249,7 @@ impl Env {
                 if let Some(value) = ready() {
                     return Ok(value);
                 }
-                #[cfg(not(loom))]
                 event.wait_past(seen, None);
-                #[cfg(loom)]
-                let _ = seen;
             },
             Some(_) => {
                 let mut rounds_without_progress = 0;

@@ -226,6 +226,18 @@ mod model {
         }
     }
 
+    impl<T: Default> Default for Mutex<T> {
+        fn default() -> Self {
+            Self::new(T::default())
+        }
+    }
+
+    impl Default for Condvar {
+        fn default() -> Self {
+            Self::new()
+        }
+    }
+
     /// loom's reader-writer lock with parking_lot's interface.
     #[derive(Debug)]
     pub struct RwLock<T>(loom::sync::RwLock<T>);

@@ -95,6 +95,7 @@ fn pause(_: u32) {
 }
 
 #[cfg(all(test, loom))]
+#[expect(unsafe_code, reason = "loom's cell hands out raw pointers, to check each access")]
 mod model {
     use super::*;
     use loom::cell::UnsafeCell;
@@ -110,6 +111,7 @@ mod model {
     fn readers_and_writers_exclude_each_other() {
         loom::model(|| {
             let bytes = Arc::new(Bytes { word: ReferenceWord::new_writing(), cell: UnsafeCell::new(0) });
+            // SAFETY: the word was born with this writer inside.
             bytes.cell.with_mut(|value| unsafe { *value = 7 });
             bytes.word.end_write();
             let threads: Vec<_> = (0..2_u64)
@@ -118,11 +120,13 @@ mod model {
                     loom::thread::spawn(move || {
                         if number == 0 {
                             if bytes.word.try_write() {
+                                // SAFETY: `try_write` let us in alone; loom checks it.
                                 bytes.cell.with_mut(|value| unsafe { *value = 8 });
                                 bytes.word.end_write();
                             }
                         } else {
                             bytes.word.reference();
+                            // SAFETY: our byte reference keeps the writer out; loom checks it.
                             let value = bytes.cell.with(|value| unsafe { *value });
                             assert!(value == 7 || value == 8);
                             bytes.word.release();
@@ -131,6 +135,7 @@ mod model {
                 })
                 .collect();
             if bytes.word.try_reference() {
+                // SAFETY: as above.
                 bytes.cell.with(|value| assert!(unsafe { *value } >= 7));
                 bytes.word.release();
             }
