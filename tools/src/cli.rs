@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::commands::{install, journal, list, mounted, show_super, usage};
-use crate::{bench, image, mount, trial};
+use crate::{bench, image, mount, probe, trial};
 
 /// A copy-on-write filesystem in userspace.
 #[derive(Parser, Debug)]
@@ -36,6 +36,12 @@ enum Command {
     Stats(mounted::StatsArguments),
     /// Make everything on a mounted filesystem durable
     Sync(mounted::SyncArguments),
+    /// Show what the running kernel's FUSE does, as far as the filesystem relies on it
+    Probe {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Install this program and the links by which mount(8) and fsck(8) find it
     Install(install::Arguments),
     /// Print a completion script for a shell
@@ -104,6 +110,7 @@ fn run_simple(command: Command) -> anyhow::Result<()> {
         Command::Journal(arguments) => journal::run(&arguments),
         Command::Stats(arguments) => mounted::stats(&arguments),
         Command::Sync(arguments) => mounted::sync(&arguments),
+        Command::Probe { json } => probe::run(json),
         Command::Install(arguments) => install::run(&arguments),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "coppice", &mut std::io::stdout());

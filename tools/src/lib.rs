@@ -8,4 +8,5 @@ pub mod commands;
 pub mod image;
 pub mod mount;
 pub mod output;
+pub mod probe;
 pub mod trial;

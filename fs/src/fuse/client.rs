@@ -1,6 +1,6 @@
 //! The other end of our ioctls: what tools ask of a mounted filesystem.
 //!
-//! No locks. `unsafe` is the two ioctl calls; the kernel writes at most the size that the command's number says.
+//! No locks. `unsafe` is the ioctl calls; the kernel writes at most the size that the command's number says.
 
 #![allow(unsafe_code, reason = "ioctl(2)")]
 
@@ -71,4 +71,51 @@ pub fn statistics(mount: &Path) -> Result<Vec<(String, u64)>> {
             line.split_once(' ').and_then(|(name, value)| Some((name.to_owned(), value.trim().parse().ok()?)))
         })
         .collect())
+}
+
+/// What [`shut_down`] does first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum ShutDown {
+    /// Write everything back.
+    Synchronised = 0,
+    /// Make the log durable.
+    LogFlushed = 1,
+    /// Nothing.
+    AtOnce = 2,
+}
+
+/// `FS_IOC_SHUTDOWN`.
+const SHUTDOWN: u32 = 0x8004_587d;
+/// The same, declared as what it is, a command that takes an argument: so FUSE delivers it.
+const SHUTDOWN_WITH_ARGUMENT: u32 = 0x4004_587d;
+
+/// As if the machine lost its power now, or after `first`: the filesystem that holds `mount` serves nothing more, and is unmounted as
+/// usual. Root only.
+///
+/// # Errors
+/// As [`sync`]; `EPERM`.
+pub fn shut_down(mount: &Path, first: ShutDown) -> Result<()> {
+    let mut argument = first as u32;
+    // SAFETY: the command's number says that the kernel reads 4 bytes, which is the size of `argument`.
+    unsafe {
+        let command = Updater::<{ SHUTDOWN_WITH_ARGUMENT as rustix::ioctl::Opcode }, u32>::new(&mut argument);
+        ioctl(open(mount)?, command)
+    }
+    .map_err(|errno| not_ours(mount, errno))
+}
+
+/// As [`shut_down`] at once, by the command that other filesystems have and that other programs send. Through FUSE its argument never
+/// arrives, since its number says that it only gives.
+///
+/// # Errors
+/// As there.
+pub fn shut_down_as_others_do(mount: &Path) -> Result<()> {
+    let mut argument = ShutDown::AtOnce as u32;
+    // SAFETY: the command's number says that the kernel writes 4 bytes, which is the size of `argument`; filesystems read as many.
+    unsafe {
+        let command = Updater::<{ SHUTDOWN as rustix::ioctl::Opcode }, u32>::new(&mut argument);
+        ioctl(open(mount)?, command)
+    }
+    .map_err(|errno| not_ours(mount, errno))
 }

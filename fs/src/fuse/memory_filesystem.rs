@@ -29,13 +29,16 @@ const ROOT: u64 = 1;
 /// `FS_IOC_GETFLAGS`, `FS_IOC_SHUTDOWN`.
 const GET_FLAGS: u32 = 0x8008_6601;
 const SHUTDOWN: u32 = 0x8004_587d;
+/// The same, declared as taking an argument.
+const SHUTDOWN_WITH_ARGUMENT: u32 = 0x4004_587d;
 
 /// One request that arrived.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Seen {
     /// Its name, as in [`Operations`].
     pub operation: &'static str,
-    /// Flags, mode or command, as the operation has.
+    /// Flags, mode, offset or command, as the operation has; for getxattr 1 if it is of capabilities, 2 if of an ACL; for ioctl bit 32
+    /// says that it is of a directory.
     pub detail: u64,
     /// Length in bytes, where it has one.
     pub length_bytes: u64,
@@ -728,7 +731,12 @@ impl Operations for MemoryFilesystem {
     }
 
     fn get_xattr(&self, _: &Caller, number: u64, name: &OsStr) -> Result<Vec<u8>> {
-        let state = self.enter_with("getxattr", name.as_bytes().starts_with(b"security.capability").into(), 0);
+        let kind = match name.as_bytes() {
+            b"security.capability" => 1,
+            b"system.posix_acl_access" | b"system.posix_acl_default" => 2,
+            _ => 0,
+        };
+        let state = self.enter_with("getxattr", kind, 0);
         node(&state, number)?.xattrs.get(name).cloned().ok_or(Errno::NODATA.into())
     }
 
@@ -806,7 +814,7 @@ impl Operations for MemoryFilesystem {
         match request.command {
             // The kernel asks for 4 bytes, whatever the number of the command says.
             GET_FLAGS => Ok(IoctlReply { result: 0, output: vec![0; 4] }),
-            SHUTDOWN => Ok(IoctlReply::default()),
+            SHUTDOWN | SHUTDOWN_WITH_ARGUMENT => Ok(IoctlReply::default()),
             _ => Err(Errno::NOTTY.into()),
         }
     }

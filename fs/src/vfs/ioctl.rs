@@ -24,8 +24,10 @@ const SET_FLAGS: u32 = 0x4008_6602;
 const GET_EXTENDED_FLAGS: u32 = 0x801c_581f;
 /// `FS_IOC_FSSETXATTR`.
 const SET_EXTENDED_FLAGS: u32 = 0x401c_5820;
-/// `FS_IOC_SHUTDOWN`.
+/// `FS_IOC_SHUTDOWN`. Its number says that it only gives, so through FUSE its argument never arrives: it is then a power cut.
 const SHUTDOWN: u32 = 0x8004_587d;
+/// The same, declared as taking an argument, which FUSE delivers.
+const SHUTDOWN_WITH_ARGUMENT: u32 = 0x4004_587d;
 /// Flush nothing before the shutdown.
 const SHUTDOWN_NO_FLUSH: u32 = 2;
 
@@ -82,11 +84,12 @@ impl Vfs {
                 self.set_flags(caller, request.node, flags)?;
                 Ok(answer(Vec::new()))
             }
-            SHUTDOWN => {
+            SHUTDOWN | SHUTDOWN_WITH_ARGUMENT => {
                 if !is_privileged(caller) {
                     return Err(Errno::PERM.into());
                 }
-                self.shut_down(first_u32(request.input)?)?;
+                let flags = if request.input.is_empty() { SHUTDOWN_NO_FLUSH } else { first_u32(request.input)? };
+                self.shut_down(flags)?;
                 Ok(answer(Vec::new()))
             }
             IOCTL_SYNC => {
