@@ -5,7 +5,7 @@
 //! the results. Short counts are continued, interruptions retried, unaligned memory bounced. A device that is open is locked (see
 //! [`super::lock`]). No lock is held across I/O.
 //!
-//! A process that forks keeps using its devices in the child only (a daemon going to the background); the rings are remade there.
+//! After a `fork` the child may use a device that was open (its rings are remade), but the lock ends with the parent's.
 
 #![allow(unsafe_code)]
 
@@ -20,7 +20,7 @@ use rustix::fs::{AtFlags, FallocateFlags, Mode, OFlags, StatxFlags};
 use rustix::io::Errno;
 
 use super::check::{check_range, device_error};
-use super::lock::{claimed, lock_image};
+use super::lock::{ImageLock, claimed, lock_image};
 use super::pool::Pool;
 use super::transfer::Transfer;
 use super::uring::Rings;
@@ -100,8 +100,8 @@ pub struct FileDevice {
     engine: Engine,
     /// Cleared when the host says that it cannot.
     discards: AtomicBool,
-    /// Further locked files: what is behind a loop device.
-    _locks: Vec<File>,
+    /// See the rules of [`super::lock`].
+    _lock: Option<ImageLock>,
 }
 
 /// BLKDISCARD of `linux/fs.h`: `_IO(0x12, 119)`, with a pointer to {start, length} in bytes.
@@ -186,7 +186,7 @@ impl FileDevice {
         if check_kind(&name, &metadata)? != is_disk {
             return Err(Error::Unusable(format!("{name} was replaced while it was opened: try again")));
         }
-        let locks = if options.lock { lock_image(&file, path, options.read_only)? } else { Vec::new() };
+        let lock = if options.lock { Some(lock_image(&file, path, options.read_only)?) } else { None };
         if let Some((size_bytes, creation)) = create {
             resize(&file, path, size_bytes, creation)?;
         }
@@ -223,7 +223,7 @@ impl FileDevice {
             alignment: direct.map_or(1, |direct| direct.memory),
             engine,
             discards: AtomicBool::new(true),
-            _locks: locks,
+            _lock: lock,
             file,
             name,
         })

@@ -6,7 +6,9 @@
 //! 2. A loop device and the file behind it are one image: who opens the loop device locks the file too, so who opens the file finds it
 //!    locked. The other way round, who opens the file for writing looks for loop devices on it that somebody has claimed
 //!    (a mount by the kernel).
-//! 3. A lock belongs to the open file, not to the process: it survives `fork`, and ends with the last descriptor.
+//! 3. A lock ends when its [`ImageLock`] is dropped, not when the last reference to the open file goes: the kernel's io_uring workers and
+//!    children between `fork` and `exec` may hold such references a little longer, and the next `open` must not see them. (A process
+//!    that dies drops nothing; the kernel then ends the lock with the last reference.) Only the process that locked unlocks.
 
 use std::ffi::OsStr;
 use std::fs::{self, File, Metadata};
@@ -156,17 +158,38 @@ fn lock_one(file: &File, path: &Path, shared: bool) -> Result<()> {
     }
 }
 
-/// Locks an open image by the module's rules. What is returned holds the further locks and must live as long as `file`.
+/// The locks on an image, until it is dropped.
+#[derive(Debug)]
+pub(super) struct ImageLock {
+    /// The image, and what is behind it.
+    files: Vec<File>,
+    process: u32,
+}
+
+impl Drop for ImageLock {
+    fn drop(&mut self) {
+        if self.process == std::process::id() {
+            for file in &self.files {
+                let _ = flock(file, FlockOperation::Unlock);
+            }
+        }
+    }
+}
+
+/// Locks an open image by the module's rules.
 ///
 /// # Errors
 /// [`Error::InUse`], or the host's.
-pub(super) fn lock_image(file: &File, path: &Path, shared: bool) -> Result<Vec<File>> {
-    lock_one(file, path, shared)?;
-    let mut further = Vec::new();
+pub(super) fn lock_image(file: &File, path: &Path, shared: bool) -> Result<ImageLock> {
+    let context = |error| Error::io(format!("locking {}", path.display()), error);
+    let mut held = ImageLock { files: Vec::new(), process: std::process::id() };
+    let image = file.try_clone().map_err(context)?;
+    lock_one(&image, path, shared)?;
+    held.files.push(image);
     let context = |error| Error::io(format!("looking up {}", path.display()), error);
     let own = file.metadata().map_err(context)?;
     let mut metadata = own.clone();
-    while metadata.file_type().is_block_device() && further.len() < LOOP_DEPTH_MAX as usize {
+    while metadata.file_type().is_block_device() && held.files.len() <= LOOP_DEPTH_MAX as usize {
         let Some(behind) = backing_file(metadata.rdev()) else { break };
         let Ok(next) = File::open(&behind) else {
             // Deleted, or in another mount namespace: nobody can open it by that name either.
@@ -175,7 +198,7 @@ pub(super) fn lock_image(file: &File, path: &Path, shared: bool) -> Result<Vec<F
         };
         lock_one(&next, &behind, shared)?;
         metadata = next.metadata().map_err(context)?;
-        further.push(next);
+        held.files.push(next);
     }
     if !shared {
         for device in loops_on(ImageIdentity::of_metadata(&own, 0)) {
@@ -191,5 +214,5 @@ pub(super) fn lock_image(file: &File, path: &Path, shared: bool) -> Result<Vec<F
             }
         }
     }
-    Ok(further)
+    Ok(held)
 }
