@@ -242,7 +242,8 @@ impl Model {
             prop_assert_eq!(self.written_to.get(&got.bucket).copied(), Some(start), "offsets only go up");
         }
         prop_assert!(!self.live.iter().any(|live| live.bucket == got.bucket
-            && live.start < start + u64::from(got.length) && start < live.start + u64::from(live.length)));
+            && live.start < start + u64::from(got.length)
+            && start < live.start + u64::from(live.length)));
         self.written_to.insert(got.bucket, start + u64::from(got.length));
         self.outstanding.push(got);
         Ok(())

@@ -10,8 +10,7 @@ use crate::env::{Event, Progress, Worker};
 use crate::error::Result;
 use crate::format::space::{BucketState, FreeBucket};
 use crate::format::{BtreeId, Position};
-use crate::sync::Arc;
-use crate::sync::atomic::Ordering;
+use crate::sync::{Arc, Mutex};
 use crate::transaction::{BucketChange, CommitOptions};
 use crate::units::{BucketIndex, DeviceIndex, JournalSequence};
 
@@ -23,8 +22,10 @@ const FREE_BATCH: usize = 16;
 const PUNCH_BATCH: usize = 16;
 /// Fewest undiscarded free buckets that are kept for reuse.
 const KEEP_BUCKETS_MIN: u64 = 64;
-/// How soon to look again while something waits to become reusable.
-const LOOK_AGAIN: Duration = Duration::from_millis(50);
+/// How soon to look again at a bucket that is being read.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+/// How long an emptied bucket may wait for somebody else's flush before the worker asks for one.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 impl Space {
     /// Queues the buckets that were emptied before the mount. They wait for a record of this life to say that the recovered log is durable.
@@ -191,11 +192,13 @@ impl Space {
 /// The worker.
 pub(super) struct FreeWorker {
     space: Arc<Space>,
+    /// The oldest emptying that is not reusable, and since when that is so.
+    waiting: Mutex<Option<(JournalSequence, Duration)>>,
 }
 
 impl FreeWorker {
     pub(super) fn new(space: Arc<Space>) -> Self {
-        Self { space }
+        Self { space, waiting: Mutex::new(None) }
     }
 }
 
@@ -210,11 +213,28 @@ impl Worker for FreeWorker {
         if space.free_emptied(CommitOptions::reclaim(), limit)? > 0 || space.punch_surplus()? > 0 {
             return Ok(Progress::Worked);
         }
-        let Some((_, newest)) = space.allocator.emptied_span() else { return Ok(Progress::Idle(None)) };
-        if space.waiters.load(Ordering::SeqCst) > 0 {
-            space.journal.want_reusable(newest);
+        let Some((oldest, newest)) = space.allocator.emptied_span() else { return Ok(Progress::Idle(None)) };
+        if oldest <= space.journal.reusable() {
+            return Ok(Progress::Idle(Some(LOOK_AGAIN)));
         }
-        Ok(Progress::Idle(Some(LOOK_AGAIN)))
+        // An idle journal says nothing durable by itself; a busy one says it all the time.
+        let now = space.env.monotonic();
+        let since = {
+            let mut waiting = self.waiting.lock();
+            match *waiting {
+                Some((sequence, since)) if sequence == oldest => since,
+                _ => {
+                    *waiting = Some((oldest, now));
+                    now
+                }
+            }
+        };
+        let left = (since + PATIENCE).saturating_sub(now);
+        if left.is_zero() || space.copygc_needed() {
+            space.journal.want_reusable(newest);
+            return Ok(Progress::Idle(Some(PATIENCE)));
+        }
+        Ok(Progress::Idle(Some(left)))
     }
 
     /// The journal's: what the worker waits for is that records become durable, and whoever empties a bucket writes one.
