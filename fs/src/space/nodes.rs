@@ -3,10 +3,14 @@
 //! Called from within checkpoints: a claim waits for nothing that a checkpoint does, and takes the last free bucket if it must. The
 //! metadata's reserve makes that one be there.
 
+use std::sync::Weak;
+
 use crate::alloc::{BucketKey, BucketStore};
+use crate::btree::NodeBuckets;
 use crate::error::{Error, Result};
 use crate::format::space::BucketState;
 use crate::format::{BtreeId, Position};
+use crate::sync::Arc;
 use crate::sync::atomic::Ordering;
 use crate::transaction::{BucketChange, CommitOptions};
 use crate::units::{BucketIndex, DeviceIndex, JournalSequence};
@@ -34,7 +38,33 @@ pub struct NodeBucket {
     pub half: Half,
 }
 
+/// The forest's way to its buckets. Weak, because space holds the forest.
+struct NodeSource(Weak<Space>);
+
+impl NodeSource {
+    fn space(&self) -> Result<Arc<Space>> {
+        self.0.upgrade().ok_or(Error::Shutdown)
+    }
+}
+
+impl NodeBuckets for NodeSource {
+    fn claim(&self, count: usize) -> Result<Vec<BucketKey>> {
+        let claimed = self.space()?.claim_node_buckets(count)?;
+        Ok(claimed.into_iter().map(|claimed| (claimed.device, claimed.bucket)).collect())
+    }
+
+    fn release(&self, device: DeviceIndex, bucket: BucketIndex) -> Result<JournalSequence> {
+        self.space()?.release_node_bucket(device, bucket)
+    }
+}
+
 impl Space {
+    /// What the forest claims its buckets through. Does not keep this alive.
+    #[must_use]
+    pub fn node_buckets(self: &Arc<Self>) -> Arc<dyn NodeBuckets> {
+        Arc::new(NodeSource(Arc::downgrade(self)))
+    }
+
     /// Claims `count` buckets for nodes, in journalled transactions at the checkpoint's watermark: with two copies of metadata every other one in the upper
     /// half. The claims are durable when the journal is flushed up to its newest record.
     ///

@@ -73,6 +73,44 @@ fn overwriting_many_times_the_size_never_runs_out() {
     }
 }
 
+/// The same with checkpoints that claim node buckets, on a filesystem that is filled up in the middle.
+#[test]
+fn checkpoints_get_their_buckets_on_a_full_filesystem() {
+    let fixture = Fixture::checkpointed(7);
+    let promised = blocks(&fixture);
+    let mut written = 0;
+    while fixture.space.usage().available_bytes > 0 {
+        fixture.write(written % 5 + 1, written).unwrap();
+        written += 1;
+    }
+    assert!(written >= promised, "df called {promised} blocks available, {written} fitted");
+    // Overwriting on the full filesystem: refused or done, never stuck.
+    let mut done = 0;
+    for _ in 0..1500 {
+        let block = fixture.env.random_u64() % written;
+        match fixture.write(block % 5 + 1, block) {
+            Ok(()) => done += 1,
+            Err(Error::NoSpace(_)) => fixture.delete(block % 5 + 1, block).unwrap(),
+            Err(error) => panic!("{error}"),
+        }
+    }
+    assert!(done > 500, "{done} of 1500");
+    fixture.check();
+    fixture.check_content();
+    let mut deleted = 0;
+    for (position, _) in fixture.keys(BtreeId::Extents) {
+        fixture.delete(position.inode, position.offset / BLOCK_BYTES - 1).unwrap();
+        deleted += 1;
+    }
+    assert!(deleted > 1000);
+    fixture.settle();
+    fixture.check();
+    let usage = fixture.space.usage();
+    assert_eq!((usage.data_bytes, usage.data_buckets, usage.reserved_bytes), (0, 0, 0));
+    assert!(blocks(&fixture) > promised * 8 / 10, "{usage:?}");
+    assert_eq!(fixture.early.load(Ordering::SeqCst), 0);
+}
+
 #[test]
 fn reuse_too_early_is_seen() {
     let fixture = Fixture::simulated(3, TestSwitches { reuse_too_early: true });

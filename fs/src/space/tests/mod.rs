@@ -40,9 +40,13 @@ struct Fixture {
 
 impl Fixture {
     fn new(env: Arc<Env>, switches: TestSwitches) -> Arc<Self> {
+        Self::with_journal(env, switches, 8 << 20, 256 << 20)
+    }
+
+    fn with_journal(env: Arc<Env>, switches: TestSwitches, journal_bytes: u64, dirty_bytes_max: u64) -> Arc<Self> {
         let metrics = Arc::new(Metrics::default());
         let size = 64 << 20;
-        let options = crate::filesystem::format::FormatOptions { journal_bytes: 8 << 20, ..test_geometry() };
+        let options = crate::filesystem::format::FormatOptions { journal_bytes, ..test_geometry() };
         let superblock = Arc::new(plan(&options, size).unwrap());
         let device = Arc::new(MemDevice::new(size));
         let devices: Vec<Arc<dyn BlockDevice>> = vec![device.clone()];
@@ -50,7 +54,7 @@ impl Fixture {
             superblock: Arc::clone(&superblock),
             devices: devices.clone(),
             cache_bytes: Arc::new(AtomicU64::new(256 << 20)),
-            dirty_bytes_max: 256 << 20,
+            dirty_bytes_max: dirty_bytes_max.max(Reserves::of(&superblock).dirty_node_bytes_max),
             epoch: 1,
         };
         let forest = Forest::open(config, &Opening::empty(), env.clone(), metrics.clone()).unwrap();
@@ -78,9 +82,25 @@ impl Fixture {
         Arc::new(Self { env, journal, transactions, space, device, superblock, emptied_at, early, version })
     }
 
+    /// With real checkpoints, a small journal, and the cap on dirty nodes that the reserve is made for.
+    fn checkpointed(seed: u64) -> Arc<Self> {
+        let env = Env::simulated(seed);
+        let fixture = Self::with_journal(env, TestSwitches::default(), 1 << 20, 0);
+        let forest = fixture.transactions.forest();
+        forest.set_node_buckets(fixture.space.node_buckets());
+        let interval = std::time::Duration::from_secs(5);
+        let checkpoints = forest.checkpoint_worker(fixture.journal.clone(), interval);
+        fixture.env.register(checkpoints);
+        fixture.start()
+    }
+
     /// With the workers of journal and space, and a simple copygc, in the simulation.
     fn simulated(seed: u64, switches: TestSwitches) -> Arc<Self> {
-        let fixture = Self::new(Env::simulated(seed), switches);
+        Self::new(Env::simulated(seed), switches).start()
+    }
+
+    fn start(self: Arc<Self>) -> Arc<Self> {
+        let fixture = self;
         for worker in fixture.journal.workers().into_iter().chain(fixture.space.workers()) {
             fixture.env.register(worker);
         }
