@@ -247,7 +247,7 @@ impl Allocator {
         if let Some(key) = state.points.get(index).copied().flatten() {
             return self.hand_out(&mut state, key, bytes).map_or(Take::Full, Take::Space);
         }
-        if self.loose_buckets(&state) > self.reserves.floor_buckets(watermark) {
+        if self.loose_buckets(&state) > self.counters.floor_buckets(&self.reserves, watermark) {
             if let Some(candidate) = state.supply.pop_front() {
                 self.open(&mut state, candidate, index);
                 return self.hand_out(&mut state, candidate.key, bytes).map_or(Take::Full, Take::Space);
@@ -271,7 +271,7 @@ impl Allocator {
         let index = Self::point_index(&state, point);
         let user_points = state.points.len() - 1;
         state.points.get(index).is_some_and(Option::is_some)
-            || (self.loose_buckets(&state) > self.reserves.floor_buckets(watermark)
+            || (self.loose_buckets(&state) > self.counters.floor_buckets(&self.reserves, watermark)
                 && (!state.supply.is_empty() || !state.dry))
             || state.points.iter().take(user_points).any(Option::is_some)
     }

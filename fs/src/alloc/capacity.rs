@@ -9,7 +9,7 @@ use crate::format::superblock::{SUPERBLOCK_BYTES, Superblock, copy_offsets};
 use crate::sync::Mutex;
 use crate::units::round_up;
 
-use super::BucketKey;
+use super::{BucketKey, Watermark};
 
 /// Checkpoints whose node space is kept, and the one being written.
 const CHECKPOINTS_HELD: u64 = 3;
@@ -117,14 +117,10 @@ impl Reserves {
         (bytes / per_block).min(blocks) * self.block_bytes
     }
 
-    /// Buckets that an allocation at this watermark leaves alone.
+    /// Bytes of [`Self::metadata_buckets`].
     #[must_use]
-    pub fn floor_buckets(&self, watermark: super::Watermark) -> u64 {
-        match watermark {
-            super::Watermark::Normal => self.metadata_buckets + self.copygc_buckets,
-            super::Watermark::CopyGc => self.metadata_buckets,
-            super::Watermark::Metadata => 0,
-        }
+    pub fn metadata_bytes(&self) -> u64 {
+        self.metadata_buckets.saturating_mul(self.bucket_bytes)
     }
 }
 
@@ -142,6 +138,9 @@ pub struct Counters {
     pub data_buckets: AtomicI64,
     /// Buckets of nodes.
     pub metadata_buckets: AtomicI64,
+    /// Bytes of the nodes of the newest checkpoint, in all copies. What else is in node buckets is the reserve at work: the checkpoint before,
+    /// and room for the next.
+    pub published_node_bytes: AtomicI64,
     /// Emptied buckets that are not free yet.
     pub need_discard_buckets: AtomicI64,
     /// Held by those who add promises, so that two do not promise the same bytes.
@@ -166,11 +165,34 @@ impl Counters {
         reserves.usable_buckets.saturating_sub(unsigned(used))
     }
 
-    /// Bytes that are used or promised. Promises are read first: a commit adds the data before its promise is given back, so
+    fn claimed_bytes(&self, reserves: &Reserves) -> i64 {
+        self.metadata_buckets.load(Ordering::SeqCst).saturating_mul(signed(reserves.bucket_bytes))
+    }
+
+    /// Metadata needs the published nodes and the reserve; its buckets may be more than that, when they are sparsely used.
+    fn metadata_beyond_reserve(&self, reserves: &Reserves) -> i64 {
+        let beyond = self.claimed_bytes(reserves).saturating_sub(signed(reserves.metadata_bytes()));
+        beyond.max(self.published_node_bytes.load(Ordering::SeqCst))
+    }
+
+    /// Buckets that an allocation at this watermark leaves alone: what is left of the reserves.
+    #[must_use]
+    pub fn floor_buckets(&self, reserves: &Reserves, watermark: Watermark) -> u64 {
+        let published = self.published_node_bytes.load(Ordering::SeqCst);
+        let wanted = published.saturating_add(signed(reserves.metadata_bytes()));
+        let metadata = unsigned(wanted.saturating_sub(self.claimed_bytes(reserves))).div_ceil(reserves.bucket_bytes);
+        match watermark {
+            Watermark::Normal => metadata + reserves.copygc_buckets,
+            Watermark::CopyGc => metadata,
+            Watermark::Metadata => 0,
+        }
+    }
+
+    /// Bytes that are used or promised, but for the reserves. Promises are read first: a commit adds the data before its promise is given back, so
     /// bytes may be seen twice, never missed.
     fn taken_bytes(&self, reserves: &Reserves) -> i64 {
         let reserved = self.reserved_bytes.load(Ordering::SeqCst);
-        let metadata = self.metadata_buckets.load(Ordering::SeqCst).saturating_mul(signed(reserves.bucket_bytes));
+        let metadata = self.metadata_beyond_reserve(reserves);
         // Unwritten space is read before data, for the same reason: a write turns the one into the other.
         let unwritten = self.unwritten_bytes.load(Ordering::SeqCst);
         let data = self.data_bytes.load(Ordering::SeqCst);
@@ -213,6 +235,7 @@ impl Counters {
             available_bytes: reserves.data_within(free_bytes),
             data_bytes: unsigned(self.data_bytes.load(Ordering::SeqCst)),
             unwritten_bytes: unsigned(self.unwritten_bytes.load(Ordering::SeqCst)),
+            published_node_bytes: unsigned(self.published_node_bytes.load(Ordering::SeqCst)),
             metadata_bytes: unsigned(self.metadata_buckets.load(Ordering::SeqCst))
                 .saturating_mul(reserves.bucket_bytes),
             reserved_bytes: unsigned(self.reserved_bytes.load(Ordering::SeqCst)),
@@ -242,6 +265,8 @@ pub struct Usage {
     pub unwritten_bytes: u64,
     /// Bytes of buckets that nodes have.
     pub metadata_bytes: u64,
+    /// Bytes of the newest checkpoint's nodes; the rest of the buckets is room for the next ones, out of the reserve.
+    pub published_node_bytes: u64,
     /// Bytes promised to writes that are not committed, overhead included.
     pub reserved_bytes: u64,
     /// Bytes of a bucket.

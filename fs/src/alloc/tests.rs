@@ -49,6 +49,10 @@ fn small_reserves() -> Reserves {
     }
 }
 
+fn floor(watermark: Watermark) -> u64 {
+    Counters::default().floor_buckets(&small_reserves(), watermark)
+}
+
 #[test]
 fn reserved_buckets_are_those_of_the_superblock() {
     for (bucket_count, bucket_bytes) in [(600, 64 << 10), (40, 1 << 20), (2048, 256 << 10)] {
@@ -218,7 +222,7 @@ impl Model {
                 }
                 Take::Full => {
                     prop_assert!(!self.allocator.could_take(point, watermark));
-                    let floor = small_reserves().floor_buckets(watermark);
+                    let floor = floor(watermark);
                     prop_assert!(self.allocator.loose() <= floor, "{} loose buckets refused", self.allocator.loose());
                     return Ok(());
                 }
@@ -237,7 +241,7 @@ impl Model {
             prop_assert!(!self.outstanding.iter().any(|other| other.bucket == got.bucket));
             let emptied_at = self.emptied_at.get(&got.bucket).copied().unwrap_or(0);
             prop_assert!(emptied_at <= self.reusable, "emptied at {}, reusable {}", emptied_at, self.reusable);
-            prop_assert!(self.allocator.loose() >= small_reserves().floor_buckets(watermark));
+            prop_assert!(self.allocator.loose() >= floor(watermark));
         } else {
             prop_assert_eq!(self.written_to.get(&got.bucket).copied(), Some(start), "offsets only go up");
         }
@@ -420,7 +424,7 @@ proptest! {
         model.free(usize::MAX)?;
         prop_assert_eq!(model.allocator.loose(), model.bucket_count);
         // And all of them can be opened again, but for the floor.
-        let floor = small_reserves().floor_buckets(Watermark::Normal);
+        let floor = floor(Watermark::Normal);
         for _ in 0..model.bucket_count {
             model.take(WritePoint::User(0), BUCKET / BLOCK, Watermark::Normal)?;
         }

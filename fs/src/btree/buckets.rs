@@ -30,6 +30,12 @@ impl Forest {
         let _ = self.node_buckets.set(node_buckets);
     }
 
+    /// Bytes of the slots that the newest checkpoint's nodes take, all copies counted. Takes the node space's lock.
+    #[must_use]
+    pub fn published_bytes(&self) -> u64 {
+        self.space.lock().used_slots() as u64 * self.limits.node_bytes as u64
+    }
+
     /// Slots that a checkpoint would take now: full images of dirty nodes, and some for their parents.
     pub(super) fn estimate_slots(&self) -> usize {
         let dirty: Vec<Arc<Node>> = self.dirty.lock().nodes.values().cloned().collect();

@@ -25,8 +25,9 @@ impl Space {
         if self.waiters.load(Ordering::SeqCst) > 0 {
             return true;
         }
-        let usage = self.usage();
-        let low = self.reserves().floor_buckets(Watermark::Normal) + self.reserves().copygc_buckets;
+        let usage = self.allocator.usage();
+        let counters = self.allocator.counters();
+        let low = counters.floor_buckets(self.reserves(), Watermark::Normal) + self.reserves().copygc_buckets;
         usage.free_buckets + usage.need_discard_buckets < low
     }
 

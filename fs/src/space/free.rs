@@ -189,16 +189,30 @@ impl Space {
     }
 }
 
+/// How often the worker looks at what the nodes take.
+const REFRESH: Duration = Duration::from_millis(100);
+
 /// The worker.
 pub(super) struct FreeWorker {
     space: Arc<Space>,
     /// The oldest emptying that is not reusable, and since when that is so.
     waiting: Mutex<Option<(JournalSequence, Duration)>>,
+    refreshed_at: Mutex<Duration>,
 }
 
 impl FreeWorker {
     pub(super) fn new(space: Arc<Space>) -> Self {
-        Self { space, waiting: Mutex::new(None) }
+        Self { space, waiting: Mutex::new(None), refreshed_at: Mutex::new(Duration::ZERO) }
+    }
+
+    fn refresh(&self) {
+        let now = self.space.env.monotonic();
+        let mut refreshed_at = self.refreshed_at.lock();
+        if now >= *refreshed_at + REFRESH {
+            *refreshed_at = now;
+            drop(refreshed_at);
+            self.space.refresh_node_bytes();
+        }
     }
 }
 
@@ -210,6 +224,7 @@ impl Worker for FreeWorker {
     fn step(&self, budget: u32) -> Result<Progress> {
         let space = &self.space;
         let limit = usize::try_from(budget).unwrap_or(FREE_BATCH).max(1);
+        self.refresh();
         if space.free_emptied(CommitOptions::reclaim(), limit)? > 0 || space.punch_surplus()? > 0 {
             return Ok(Progress::Worked);
         }

@@ -138,6 +138,7 @@ impl Space {
             punch_cursor: crate::sync::Mutex::new((DeviceIndex(0), BucketIndex(0))),
             node_cursors: [AtomicU64::new(0), AtomicU64::new(0)],
         });
+        space.refresh_node_bytes();
         space.load_emptied()?;
         Ok(space)
     }
@@ -154,7 +155,13 @@ impl Space {
     /// # Errors
     /// [`Error::NoSpace`]. Dirty data that overwrites or compresses gives back more than it is charged with, so write back first, then ask again.
     pub fn reserve(&self, bytes: u64) -> Result<SpaceReservation> {
-        self.allocator.reserve(bytes)
+        match self.allocator.reserve(bytes) {
+            Err(Error::NoSpace(_)) => {
+                self.refresh_node_bytes();
+                self.allocator.reserve(bytes)
+            }
+            outcome => outcome,
+        }
     }
 
     /// Promises the space of about `key_bytes` of new keys and values: for operations that make metadata and no data (create, link, setxattr).
@@ -162,7 +169,19 @@ impl Space {
     /// # Errors
     /// [`Error::NoSpace`].
     pub fn reserve_metadata(&self, key_bytes: u64) -> Result<SpaceReservation> {
-        self.allocator.reserve_metadata(key_bytes)
+        match self.allocator.reserve_metadata(key_bytes) {
+            Err(Error::NoSpace(_)) => {
+                self.refresh_node_bytes();
+                self.allocator.reserve_metadata(key_bytes)
+            }
+            outcome => outcome,
+        }
+    }
+
+    /// Learns what the nodes of the newest checkpoint take.
+    fn refresh_node_bytes(&self) {
+        let bytes = i64::try_from(self.transactions.forest().published_bytes()).unwrap_or(i64::MAX);
+        self.allocator.counters().published_node_bytes.store(bytes, Ordering::SeqCst);
     }
 
     /// Promises from the reserve, never refused: for what gives space back (truncate's partial block), for copygc, and for writes into space
@@ -264,6 +283,7 @@ impl Space {
     /// Where the space is.
     #[must_use]
     pub fn usage(&self) -> Usage {
+        self.refresh_node_bytes();
         self.allocator.usage()
     }
 

@@ -84,6 +84,7 @@ impl Space {
                 }
             }
         }
+        self.refresh_node_bytes();
         Ok(claimed)
     }
 
