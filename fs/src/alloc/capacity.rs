@@ -61,8 +61,11 @@ pub struct Reserves {
     pub metadata_buckets: u64,
     /// Buckets that only copygc (and nodes) may take. As many again are never promised, so that full buckets have some slack.
     pub copygc_buckets: u64,
-    /// Metadata that a promise of data includes, in sixteenths: one for each copy of the metadata.
-    pub overhead_sixteenths: u64,
+    /// Metadata that a promise of data includes, in 64ths of the data: five for each copy of the metadata. Single blocks in ascending order
+    /// are the worst: an extent, its checksum and a backpointer each, in nodes that are split in the middle and never filled again.
+    pub overhead_64ths: u64,
+    /// Copies of the metadata.
+    pub metadata_copies: u64,
 }
 
 impl Reserves {
@@ -90,7 +93,8 @@ impl Reserves {
             dirty_node_bytes_max,
             metadata_buckets: (metadata_bytes.div_ceil(bucket_bytes) + 2 * copies).min(usable_buckets / 4),
             copygc_buckets: (usable_buckets / 50).max(4).min(usable_buckets / 8),
-            overhead_sixteenths: copies,
+            overhead_64ths: 5 * copies,
+            metadata_copies: copies,
         }
     }
 
@@ -104,8 +108,13 @@ impl Reserves {
     /// Metadata that writing `bytes` of data may need at worst: single blocks, each with an extent and a backpointer in half-full nodes.
     #[must_use]
     pub fn overhead_bytes(&self, bytes: u64) -> u64 {
-        (bytes / 16).saturating_mul(self.overhead_sixteenths)
-            + if bytes.is_multiple_of(16) { 0 } else { self.overhead_sixteenths }
+        bytes.div_ceil(64).saturating_mul(self.overhead_64ths)
+    }
+
+    /// Node space that `key_bytes` of packed keys may need at worst: nodes filled to three eighths, in all copies.
+    #[must_use]
+    pub fn metadata_overhead_bytes(&self, key_bytes: u64) -> u64 {
+        key_bytes.saturating_mul(8 * self.metadata_copies) / 3
     }
 
     /// The most data, in whole blocks, that fits `bytes` with its overhead.
@@ -113,7 +122,7 @@ impl Reserves {
     pub fn data_within(&self, bytes: u64) -> u64 {
         let blocks = bytes / self.block_bytes;
         let per_block = self.block_bytes + self.overhead_bytes(self.block_bytes);
-        // A block is a multiple of 16 bytes, so the overhead of many blocks is exactly that of one, times their number.
+        // A block is a multiple of 64 bytes, so the overhead of many blocks is exactly that of one, times their number.
         (bytes / per_block).min(blocks) * self.block_bytes
     }
 

@@ -34,7 +34,7 @@ impl SpaceReservation {
     /// # Errors
     /// [`Error::NoSpace`] if it is not there.
     pub(super) fn admit_metadata(counters: &Arc<Counters>, reserves: &Reserves, key_bytes: u64) -> Result<Self> {
-        let overhead_bytes = key_bytes.saturating_mul(2 * reserves.overhead_sixteenths);
+        let overhead_bytes = reserves.metadata_overhead_bytes(key_bytes);
         if counters.admit(reserves, overhead_bytes) {
             Ok(Self { counters: Arc::clone(counters), bytes: 0, overhead_bytes })
         } else {

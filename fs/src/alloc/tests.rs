@@ -45,7 +45,8 @@ fn small_reserves() -> Reserves {
         dirty_node_bytes_max: 0,
         metadata_buckets: 2,
         copygc_buckets: 2,
-        overhead_sixteenths: 2,
+        overhead_64ths: 10,
+        metadata_copies: 2,
     }
 }
 
