@@ -234,7 +234,7 @@ impl Model {
     fn check_allocation(&mut self, got: Allocation, blocks: u32, watermark: Watermark) -> Result<(), TestCaseError> {
         let start = got.offset % u64::from(BUCKET);
         prop_assert_eq!(got.offset / u64::from(BUCKET), got.bucket.0);
-        prop_assert!(got.length > 0 && got.length <= blocks * BLOCK && got.length % BLOCK == 0);
+        prop_assert!(got.length > 0 && got.length <= blocks * BLOCK && got.length.is_multiple_of(BLOCK));
         prop_assert!(start + u64::from(got.length) <= u64::from(BUCKET));
         if start == 0 {
             let bucket = self.bucket(got.bucket);
