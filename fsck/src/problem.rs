@@ -237,7 +237,9 @@ impl Problem {
                 if *present { "in" } else { "not in" }
             ),
             Self::Untouched { device, bucket, untouched_from } => {
-                format!("bucket {bucket} of device {device} is in use, but from {untouched_from} on none should be")
+                format!(
+                    "bucket {bucket} of device {device} is in the free-space tree, but buckets from {untouched_from} on are free without"
+                )
             }
             Self::Accounting { counter, stored, found } => {
                 format!("the counter {counter:?} is {stored}, it should be {found}")

@@ -158,7 +158,8 @@ fn mount_of(image: &Path) -> Option<String> {
         }
         let source = unescape(kind.next()?);
         let directory = unescape(fields.split(' ').nth(4)?);
-        let is_alive = std::fs::metadata(&directory).is_ok();
+        // Unlike stat, statfs is never answered from the kernel's caches.
+        let is_alive = rustix::fs::statfs(directory.as_str()).is_ok();
         (is_alive && is_same_image(Path::new(&source), image)).then_some(directory)
     })
 }

@@ -78,7 +78,7 @@ fn check_bucket(
     }
 }
 
-/// Below the mark every bucket that is not reserved has a place somewhere; from the mark on none has.
+/// Below the mark every bucket that is not reserved has a place somewhere; above it, those with a key.
 fn check_untouched(checker: &mut Checker<'_>, free: &BTreeSet<BucketKey>) -> Result<()> {
     let superblock = checker.filesystem.superblock().clone();
     for (index, member) in superblock.members.iter().enumerate() {
@@ -104,13 +104,11 @@ fn check_untouched(checker: &mut Checker<'_>, free: &BTreeSet<BucketKey>) -> Res
                 checker.report(Problem::FreeSpaceKey { device, bucket, present: false, state: BucketState::Free });
             }
         }
-        let beyond: Vec<u64> = checker
-            .state
-            .data_buckets
-            .keys()
-            .chain(checker.state.metadata_buckets.keys())
-            .chain(free)
-            .filter(|(owner, bucket)| *owner == device && *bucket >= untouched_from)
+        // A bucket above the mark may be in use (nodes take them there directly), but then it has a key; the mark's advance would make
+        // free-space keys for all others a second time.
+        let beyond: Vec<u64> = free
+            .iter()
+            .filter(|key| key.0 == device && key.1 >= untouched_from && !checker.state.stored_buckets.contains_key(key))
             .map(|(_, bucket)| *bucket)
             .collect();
         for bucket in beyond {

@@ -45,12 +45,17 @@ fn identity(path: &Path) -> Option<Identity> {
     Some(backing.map_or(Identity::Device(number), |metadata| file(&metadata)))
 }
 
+/// Asks the daemon that serves a directory, if one does: statfs is never answered from the kernel's caches, as stat may be.
+fn ask(directory: &Path) -> std::io::Result<()> {
+    rustix::fs::statfs(directory).map(|_| ()).map_err(Into::into)
+}
+
 /// Whether a mount's daemon is gone. One that does not answer in time is alive.
 fn is_dead(directory: &Path) -> bool {
     let (answer, answered) = mpsc::channel();
     let directory = directory.to_owned();
     std::thread::spawn(move || {
-        let dead = std::fs::metadata(directory).is_err_and(|error| mounts::is_dead(&error));
+        let dead = ask(&directory).is_err_and(|error| mounts::is_dead(&error));
         let _ = answer.send(dead);
     });
     answered.recv_timeout(ANSWER_TIMEOUT).unwrap_or(false)
@@ -106,7 +111,7 @@ impl Target {
 
 /// The mountpoint, absolute and without links; a dead mount of `image` is taken off it.
 fn mountpoint(directory: &Path, image: Option<Identity>) -> anyhow::Result<PathBuf> {
-    let metadata = match std::fs::metadata(directory) {
+    let metadata = match ask(directory).and_then(|()| std::fs::metadata(directory)) {
         Err(error) if mounts::is_dead(&error) => {
             let path = resolve_last(directory)?;
             let entry = mounts::find(&path)?.filter(|entry| is_mount_of(entry, image));
