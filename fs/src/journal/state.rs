@@ -355,6 +355,7 @@ impl State {
 
     /// Queues a record that was encoded; `head` is the position behind it.
     pub fn push_encoded(&mut self, encoded: Encoded, head: u64) {
+        debug_assert!(head - self.tail < self.ring.bytes, "the ring would be overwritten");
         self.stated = self.stated.max(encoded.unflushed.known_flushed);
         self.encoded.push_back(encoded);
         self.open_start =

@@ -10,6 +10,8 @@ use crate::device::Snapshot;
 enum Operation {
     /// Commit an entry with a value of so many bytes.
     Commit(usize),
+    /// Commit it if the ring has room at the highest watermark.
+    Privileged(usize),
     /// Two reservations, appended in the other order; the second dropped if set.
     Pair(usize, bool),
     /// Flush the commit that was made so many commits ago.
@@ -22,6 +24,7 @@ enum Operation {
 fn operation() -> impl Strategy<Value = Operation> {
     prop_oneof![
         8 => prop_oneof![0usize..300, 0usize..6000].prop_map(Operation::Commit),
+        3 => (0usize..6000).prop_map(Operation::Privileged),
         1 => (0usize..2000, any::<bool>()).prop_map(|(bytes, is_dropped)| Operation::Pair(bytes, is_dropped)),
         4 => (0usize..4).prop_map(Operation::Flush),
         1 => Just(Operation::Checkpoint),
@@ -100,6 +103,11 @@ impl Life {
         let journal = self.journal.clone();
         match operation {
             Operation::Commit(bytes) => self.commit(*bytes, shared),
+            Operation::Privileged(bytes) => {
+                if let Some(sequence) = try_commit(&journal, self.next_number, *bytes, JournalWatermark::Checkpoint) {
+                    self.note(sequence);
+                }
+            }
             Operation::Pair(bytes, is_dropped) => {
                 let Some(first) = journal.try_reserve(bytes + 100, JournalWatermark::Normal) else { return };
                 let second = journal.try_reserve(bytes + 100, JournalWatermark::Normal);
@@ -187,7 +195,7 @@ proptest! {
     fn what_was_acknowledged_survives_any_power_cut(
         seed in any::<u64>(),
         buckets in 1u64..3,
-        lives in proptest::collection::vec((proptest::collection::vec(operation(), 1..40), 0u64..60, any::<u64>()), 1..5),
+        lives in proptest::collection::vec((proptest::collection::vec(operation(), 1..60), 0u64..120, any::<u64>()), 1..5),
     ) {
         let (mut device, mut config) = simulated(buckets, seed);
         let mut life = Life {
