@@ -1,6 +1,8 @@
-//! The journal against plain lists of what was appended: units here, crashes and damage in [`crash`], threads in [`threads`].
+//! The journal against plain lists of what was appended: units here; crashes, every
+//! schedule, damage and threads in the files beside.
 
 mod crash;
+mod interleaving;
 mod reading;
 mod threads;
 
