@@ -15,7 +15,7 @@ use crate::format::checkpoint::Checkpoint;
 use crate::format::namespace::{FileType, Inode, Snapshot, Subvolume};
 use crate::format::superblock::{KNOWN_READ_ONLY_COMPAT, Superblock};
 use crate::format::{BtreeId, ChecksumKind, CompressionKind, Position};
-use crate::journal::{Journal, JournalConfig, Log, read_log};
+use crate::journal::{Journal, JournalConfig, Log, journal_identity, read_log};
 use crate::metrics::Metrics;
 use crate::options::{AccessTimes, CompressionChoice, MountOptions};
 use crate::pagecache::{Cache, CacheOptions};
@@ -207,7 +207,7 @@ fn check_features(superblock: &Superblock, read_only: bool) -> Result<()> {
 
 fn journal_config(superblock: &Superblock, devices: &[Arc<dyn BlockDevice>], options: &OpenOptions) -> JournalConfig {
     JournalConfig {
-        filesystem: superblock.filesystem,
+        filesystem: journal_identity(superblock),
         devices: devices.to_vec(),
         copies: superblock.layout.journal.clone(),
         bucket_bytes: superblock.geometry.bucket_bytes,
@@ -318,6 +318,10 @@ impl Filesystem {
         let reader = NodeReader::new(Arc::clone(&superblock), devices.clone(), Arc::clone(&metrics));
         let config = journal_config(&superblock, &devices, options);
         let (opening, log) = choose_log(&reader, &config)?;
+        if !options.read_only {
+            // The last records before a power cut may be in one copy only, and will be counted on.
+            log.repair_copies(&config)?;
+        }
         let oldest = opening.previous.as_ref().unwrap_or(&opening.newest);
         let start = log.start(&opening.newest, oldest)?;
 
