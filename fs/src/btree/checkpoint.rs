@@ -5,8 +5,9 @@
 //! 3. *Serialise*, level by level from the leaves: freeze a node (its changes move aside, one short exclusive lock), encode what changed with
 //!    no lock held, write it in batches, put the new pointer into the parent. A parent is frozen only when none of its
 //!    children lacks an image. New splits may add such children meanwhile; after a few rounds splits are held off for a moment.
-//! 4. The journal is flushed up to the newest change in any image, then the devices: data, journal and images are durable.
-//! 5. The map and the record are written, each with a device flush: *published*.
+//! 4. The changed pages of the map are written. The journal is flushed up to the newest change in any image, then the devices: data,
+//!    journal, images and map are durable.
+//! 5. The record is written and flushed: *published*.
 //! 6. What only the checkpoint before the previous used is free now; the journal before the previous checkpoint's F too.
 //!
 //! What each order prevents: an image never holds a change that the journal could lose (4 before 5); a slot that a kept checkpoint uses is
@@ -199,9 +200,6 @@ impl Attempt<'_> {
         reason: CheckpointReason,
     ) -> Result<(u64, JournalSequence)> {
         let forest = self.forest;
-        self.log.flush(self.flush_upto)?;
-        forest.reader.flush()?;
-
         let (newest, previous, published_map, number) = {
             let mut kept = forest.kept.lock();
             let pending = std::mem::take(&mut kept.pending);
@@ -217,6 +215,9 @@ impl Attempt<'_> {
         }
         let pages = forest.space.lock().pages(&self.changes)?;
         let map = forest.reader.write_map(&pages, &published_map, &newest.map, &previous)?;
+        // All that the record will name is durable before it is written: the journal, images and map pages.
+        self.log.flush(self.flush_upto)?;
+        forest.reader.flush()?;
         let record = Checkpoint {
             number,
             epoch: forest.epoch,
@@ -231,8 +232,6 @@ impl Attempt<'_> {
             map,
             written_at: forest.env.now().seconds,
         };
-        // The pages must be there before a record names them.
-        forest.reader.flush()?;
         forest.reader.write_record(&record)?;
         forest.reader.flush()?;
 

@@ -4,6 +4,7 @@ use crate::device::{BlockDevice, ReadRequest};
 use crate::error::{Error, Result};
 use crate::format::node::{NodeAddress, NodePointer};
 use crate::format::superblock::Superblock;
+use crate::memory::AlignedBuffer;
 use crate::metrics::Metrics;
 use crate::sync::Arc;
 
@@ -34,7 +35,8 @@ impl NodeReader {
     pub(super) fn read_copy(&self, pointer: &NodePointer, copy: NodeAddress, expected: &Expected) -> Result<Image> {
         let sizes: Vec<u64> = self.devices.iter().map(|device| device.size_bytes()).collect();
         image::check_pointer(pointer, u64::from(self.superblock.geometry.node_bytes), &sizes)?;
-        let mut buffer = vec![0; image::append_offset(pointer.written_bytes as usize)];
+        // At most a slot: the pointer was checked.
+        let mut buffer = AlignedBuffer::try_zeroed(image::append_offset(pointer.written_bytes as usize))?;
         let mut outcome = Ok(());
         self.metrics.device_metadata_read_submissions.increment();
         self.device(copy)?

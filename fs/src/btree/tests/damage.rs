@@ -100,6 +100,37 @@ fn hostile_roots_are_damage() {
     assert!(corrupt(&opening(&junk, 1)), "children that are not pointers");
 }
 
+#[test]
+fn damage_to_the_checkpoint_area_costs_replay_only() {
+    use crate::format::checkpoint::{RECORD_SLOT_BYTES, RECORD_SLOTS};
+    let device = Arc::new(MemDevice::new(SIZE_BYTES));
+    let world = World::new(Arc::clone(&device) as Arc<dyn BlockDevice>, 2, 1 << 20);
+    for round in 0..4u64 {
+        for index in 0..400u64 {
+            world.commit(vec![(BtreeId::Extents, Position::new(index, 0, 0), Some(value(round * 1000 + index, 100)))]);
+        }
+        world.checkpoint();
+    }
+    let newest = world.reader().choose_checkpoint().unwrap().newest;
+    let intact = device.image();
+    let starts = [3u64 << 18, 8 << 18];
+    let record = newest.number % RECORD_SLOTS * RECORD_SLOT_BYTES as u64;
+    let page = RECORD_SLOTS * RECORD_SLOT_BYTES as u64 + u64::from(newest.map[0].place) * 4096;
+    for (offset, copies, expected) in [(record, 1, 0), (record, 2, 1), (page, 1, 0), (page, 2, 1)] {
+        let device = Arc::new(MemDevice::from_image(intact.clone(), false));
+        for start in starts.iter().take(copies) {
+            device.write(start + offset, &[0x5a; 4096]).unwrap();
+        }
+        let again = world.reopen(device, world.log.len()).unwrap();
+        assert_eq!(again.reader().choose_checkpoint().unwrap().newest.number, newest.number - expected);
+        again.assert_matches_log();
+        again.checkpoint();
+        again.assert_map_is_reachability();
+        let third = again.reopen(Arc::clone(&again.device), again.log.len()).unwrap();
+        third.assert_matches_log();
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     #[test]
