@@ -45,6 +45,9 @@ const BATCH_BYTES: u64 = 1 << 20;
 /// How long to wait for space, or if nothing in a victim could be moved.
 const RETRY_AFTER: std::time::Duration = std::time::Duration::from_millis(5);
 
+/// How long to leave things alone after an error of the medium.
+const PAUSE_AFTER_ERROR: std::time::Duration = std::time::Duration::from_secs(1);
+
 /// A key that points into the victim.
 struct Live {
     position: Position,
@@ -206,7 +209,13 @@ impl Data {
         }
         let position = backpointer.position;
         let Some(value) = transaction.get(BtreeId::Extents, position)? else { return Ok(None) };
-        let extent = self.shape.decode(position, &value)?;
+        let extent = match self.shape.decode(position, &value) {
+            Ok(extent) => extent,
+            Err(error) => {
+                tracing::error!("copygc leaves an extent where it is: {error}");
+                return Ok(None);
+            }
+        };
         let ExtentValue::Data(data) = extent.value.clone() else { return Ok(None) };
         let pointer = data.pointers.iter().position(|pointer| pointer.device == device && pointer.offset == offset);
         Ok(pointer.map(|pointer| Live { position, value, data, extent, pointer }))
@@ -292,7 +301,8 @@ impl Data {
             let is_good = verified_stream(&first.data, &group.stored)
                 .and_then(|stream| compress::decode(first.data.compression, stream, &mut decoded))
                 .is_ok();
-            if is_good {
+            let fits = |live: &Live| live.data.frame_offset.saturating_add(live.data.length) <= first.data.frame_bytes;
+            if is_good && group.keys.iter().all(fits) {
                 for live in &group.keys {
                     self.plan_part(live, &decoded, plan)?;
                 }
@@ -566,7 +576,15 @@ impl Worker for CopyGc {
             None => self.data.space.fragmented_bucket()?,
         };
         let Some((device, bucket)) = victim else { return Ok(Progress::Idle(None)) };
-        let evacuated = self.data.evacuate(device, bucket)?;
+        let evacuated = match self.data.evacuate(device, bucket) {
+            Ok(evacuated) => evacuated,
+            // What cannot be read keeps its bucket. A failed write has latched the device, and the next commit says so.
+            Err(error) if error.is_media_error() && self.data.transactions.journal().latched().is_none() => {
+                tracing::error!(bucket = bucket.0, "copygc leaves a bucket as it is: {error}");
+                return Ok(Progress::Idle(Some(PAUSE_AFTER_ERROR)));
+            }
+            Err(error) => return Err(error),
+        };
         if !evacuated.is_complete {
             *self.pending.lock() = Some((device, bucket));
             return Ok(Progress::Idle(Some(RETRY_AFTER)));

@@ -9,36 +9,33 @@ mod ranges;
 use std::collections::BTreeMap;
 
 use super::*;
-use crate::btree::{Forest, ForestConfig, Opening};
 use crate::device::{DiscardMode, SimDevice, SimOptions};
-use crate::filesystem::format::{plan, test_geometry};
+use crate::filesystem::format::test_geometry;
+use crate::filesystem::{Filesystem, OpenOptions};
 use crate::format::extent::ExtentValue;
-use crate::format::namespace::{FileType, Snapshot};
+use crate::format::namespace::FileType;
 use crate::format::space::{Backpointer, Bucket, BucketState};
 use crate::format::{CompressionKind, Value};
-use crate::journal::{Journal, JournalConfig, JournalStart};
-use crate::sync::atomic::AtomicU64;
 use crate::transaction::CommitOptions;
 use crate::units::BucketIndex;
-use crate::workers::WorkerThreads;
 
 pub const BLOCK: u64 = 4096;
 
-/// All layers below, and file data over them. The journal is large enough for a test without checkpoints.
+/// A whole filesystem, of which the tests use the data layer.
 pub struct Stack {
+    pub filesystem: Arc<Filesystem>,
     pub device: Arc<SimDevice>,
     pub env: Arc<Env>,
     pub metrics: Arc<Metrics>,
     pub transactions: Arc<Transactions>,
     pub space: Arc<Space>,
     pub data: Arc<Data>,
-    workers: Option<WorkerThreads>,
 }
 
 impl Drop for Stack {
     fn drop(&mut self) {
-        if let Some(workers) = self.workers.take() {
-            workers.stop();
+        if !std::thread::panicking() {
+            self.filesystem.close().unwrap();
         }
         self.env.unregister_all();
     }
@@ -46,70 +43,56 @@ impl Drop for Stack {
 
 impl Stack {
     pub fn new(options: DataOptions, seed: u64) -> Self {
-        Self::with(options, Env::simulated(seed), 64 << 20, 24 << 20)
+        Self::with(options, Env::simulated(seed), 24 << 20)
     }
 
-    pub fn with(options: DataOptions, env: Arc<Env>, size: u64, journal_bytes: u64) -> Self {
-        let metrics = Arc::new(Metrics::default());
+    pub fn with(options: DataOptions, env: Arc<Env>, size: u64) -> Self {
         let mut format = test_geometry();
-        format.journal_bytes = journal_bytes;
         format.geometry.metadata_replicas = 1;
-        let superblock = Arc::new(plan(&format, size).unwrap());
+        format.defaults.checksum = options.checksum as u8;
+        format.defaults.compression = options.compression.kind() as u8;
+        format.defaults.compression_level = if options.compression.kind() == CompressionKind::Zstd { 3 } else { 0 };
         // What is discarded becomes garbage, so that reading it shows.
         let sim = SimOptions { discard_mode: DiscardMode::Garbage, ..SimOptions::default() };
         let device = Arc::new(SimDevice::new(size, sim));
-        let devices: Vec<Arc<dyn BlockDevice>> = vec![device.clone()];
-        let config = ForestConfig {
-            superblock: Arc::clone(&superblock),
-            devices: devices.clone(),
-            cache_bytes: Arc::new(AtomicU64::new(256 << 20)),
-            dirty_bytes_max: 1 << 30,
-            epoch: 1,
-        };
-        let forest = Forest::open(config, &Opening::empty(), env.clone(), metrics.clone()).unwrap();
-        let config = JournalConfig {
-            filesystem: superblock.filesystem,
-            devices: devices.clone(),
-            copies: superblock.layout.journal.clone(),
-            bucket_bytes: superblock.geometry.bucket_bytes,
-            record_bytes_max: 256 << 10,
-            commit_interval: Some(std::time::Duration::from_secs(1)),
-        };
-        let journal = Journal::open(config, JournalStart::fresh(), env.clone(), metrics.clone()).unwrap();
-        let transactions = Transactions::new(forest, journal.clone(), env.clone(), metrics.clone());
-        let space = Space::open(
-            Arc::clone(&superblock),
-            devices.clone(),
-            transactions.clone(),
-            journal.clone(),
-            env.clone(),
-            metrics.clone(),
-        )
-        .unwrap();
-        transactions
-            .run(CommitOptions::default(), |transaction| {
-                let root = Snapshot { parent: 0, subvolume: 0 }.encode()?;
-                transaction.put(BtreeId::Snapshots, Position::new(0, u64::from(SnapshotId::ROOT.0), 0), root);
-                Ok(())
-            })
-            .unwrap();
-        let snapshots = Snapshots::load(&transactions).unwrap();
-        let data = Data::new(
-            &superblock,
-            devices,
-            transactions.clone(),
-            space.clone(),
-            snapshots,
-            env.clone(),
-            metrics.clone(),
-            options,
-        );
-        let mut workers = journal.workers();
-        workers.extend(space.workers());
-        workers.push(data.copygc_worker());
-        let on_failure: crate::workers::OnFailure = Arc::new(|name, error| panic!("worker {name} failed: {error}"));
-        let workers = WorkerThreads::start(&env, workers, &on_failure).unwrap();
-        Self { device, env, metrics, transactions, space, data, workers: Some(workers) }
+        let target: Arc<dyn BlockDevice> = device.clone();
+        Filesystem::format(&target, &format, &env).unwrap();
+        let stack = Self::open(device, env);
+        assert_eq!(stack.data.options, options);
+        stack
+    }
+
+    fn open(device: Arc<SimDevice>, env: Arc<Env>) -> Self {
+        let options = OpenOptions { env: Some(Arc::clone(&env)), cache_bytes: 64 << 20, ..OpenOptions::default() };
+        let filesystem = Filesystem::open(vec![device.clone()], &options).unwrap();
+        Self {
+            device,
+            env,
+            metrics: Arc::clone(filesystem.metrics()),
+            transactions: Arc::clone(filesystem.transactions()),
+            space: Arc::clone(filesystem.space()),
+            data: Arc::clone(filesystem.data()),
+            filesystem,
+        }
+    }
+
+    /// Closed and opened again.
+    pub fn reopened(self) -> Self {
+        let (device, env) = (Arc::clone(&self.device), Arc::clone(&self.env));
+        drop(self);
+        Self::open(device, env)
+    }
+
+    /// Made durable, then the power is cut: opened from what the medium holds for certain.
+    pub fn recovered(self) -> Self {
+        self.filesystem.sync().unwrap();
+        self.env.unregister_all();
+        let image = self.device.snapshot().durable().clone();
+        let sim = SimOptions { discard_mode: DiscardMode::Garbage, ..SimOptions::default() };
+        let (device, env) = (Arc::new(SimDevice::from_image(image, sim)), Arc::clone(&self.env));
+        // The old one goes on with a device that nobody looks at.
+        drop(self);
+        Self::open(device, env)
     }
 
     pub fn create(&self, inode: u64) -> InodeNumber {

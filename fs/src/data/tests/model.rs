@@ -16,6 +16,8 @@ enum Operation {
     Allocate { from: u64, length: u64 },
     Evacuate { which: usize },
     Delete,
+    Reopen,
+    Crash,
 }
 
 fn operation() -> impl Strategy<Value = (usize, Operation)> {
@@ -31,6 +33,8 @@ fn operation() -> impl Strategy<Value = (usize, Operation)> {
         2 => (0..FILE_BYTES_MAX, lengths).prop_map(|(from, length)| Operation::Allocate { from, length }),
         3 => any::<usize>().prop_map(|which| Operation::Evacuate { which }),
         1 => Just(Operation::Delete),
+        1 => Just(Operation::Reopen),
+        1 => Just(Operation::Crash),
     ];
     (0..2_usize, operation)
 }
@@ -90,6 +94,8 @@ fn apply(stack: &Stack, inode: InodeNumber, content: &mut Vec<u8>, number: usize
             // What namespace does next; here the file goes on with nothing in it.
             stack.data.truncate(inode, 0, &|_| {}).unwrap();
         }
+        // The stack's, not the file's.
+        Operation::Reopen | Operation::Crash => {}
     }
 }
 
@@ -110,11 +116,16 @@ fn check_seek(stack: &Stack, inode: InodeNumber, content: &[u8]) {
 }
 
 fn run(options: DataOptions, operations: &[(usize, Operation)], seed: u64) {
-    let stack = Stack::new(options, seed);
+    let mut stack = Stack::new(options, seed);
     let inodes = [stack.create(10), stack.create(11)];
     let mut contents = [Vec::new(), Vec::new()];
     for (number, (file, operation)) in operations.iter().enumerate() {
         apply(&stack, inodes[*file], &mut contents[*file], number, operation);
+        stack = match operation {
+            Operation::Reopen => stack.reopened(),
+            Operation::Crash => stack.recovered(),
+            _ => stack,
+        };
         if number % 4 == 3 || number + 1 == operations.len() {
             stack.check(&[(inodes[0], &contents[0]), (inodes[1], &contents[1])]);
             check_seek(&stack, inodes[*file], &contents[*file]);
@@ -123,7 +134,7 @@ fn run(options: DataOptions, operations: &[(usize, Operation)], seed: u64) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, max_shrink_iters: 200, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: ProptestConfig::default().cases / 8, max_shrink_iters: 200, ..ProptestConfig::default() })]
 
     #[test]
     fn files_hold_what_was_written(
