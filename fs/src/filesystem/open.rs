@@ -62,6 +62,10 @@ pub struct OpenOptions {
     pub record_bytes_max: u32,
     /// Age at which dirty data is written back.
     pub writeback_age: Duration,
+    /// Everything is durable when it returns.
+    pub synchronous: bool,
+    /// Changes of names are durable when they return.
+    pub directory_synchronous: bool,
 }
 
 impl Default for OpenOptions {
@@ -77,6 +81,8 @@ impl Default for OpenOptions {
             switches: TestSwitches::default(),
             record_bytes_max: 1 << 20,
             writeback_age: Duration::from_secs(5),
+            synchronous: false,
+            directory_synchronous: false,
         }
     }
 }
@@ -89,6 +95,8 @@ impl From<&MountOptions> for OpenOptions {
             commit_interval: mount.commit_interval,
             compression: mount.compression,
             access_times: mount.access_times,
+            synchronous: mount.synchronous,
+            directory_synchronous: mount.directory_synchronous,
             ..Self::default()
         }
     }
@@ -426,6 +434,8 @@ impl Filesystem {
                     AccessTimes::Always => AccessTime::Always,
                 },
                 writeback_age: options.writeback_age,
+                synchronous: options.synchronous,
+                directory_synchronous: options.directory_synchronous,
                 ..VfsOptions::default()
             },
         })?;

@@ -77,7 +77,7 @@ impl Vfs {
     pub fn set_attributes(&self, caller: &Caller, node: u64, changes: &SetAttributes) -> Result<Attributes> {
         self.check_writable()?;
         let inode = self.inode(node)?;
-        let _lock = inode.lock.write();
+        let lock = inode.lock.write();
         self.refuse_protected(&inode, changes)?;
         let now = self.env.now();
         let changes = if changes.size_bytes.is_some() && !is_privileged(caller) {
@@ -91,6 +91,8 @@ impl Vfs {
             Some(size) => self.set_size(&inode, size, changes, now)?,
             None => self.set_plain(&inode, changes, now)?,
         }
+        drop(lock);
+        self.settle(&inode)?;
         Ok(self.attributes_of(&inode))
     }
 
@@ -140,7 +142,7 @@ impl Vfs {
         now: Timestamp,
         content_changes: bool,
     ) -> Times {
-        let mut state = inode.state();
+        let mut state = inode.state_for_times();
         let stored = &mut state.inode;
         let before =
             Times { access: stored.access_time, modification: stored.modification_time, change: stored.change_time };
@@ -167,6 +169,9 @@ impl Vfs {
             return;
         }
         let now = self.env.now();
+        if inode.is_access_settled(now.seconds) {
+            return;
+        }
         {
             let mut state = inode.state();
             let stored = &state.inode;
@@ -176,6 +181,9 @@ impl Vfs {
                 || now.seconds.saturating_sub(stored.access_time.seconds) >= RELATIVE_AGE_SECONDS;
             let is_wanted = self.options.access_time == AccessTime::Always || is_old;
             if stored.flags & FLAG_NOATIME != 0 || !is_wanted || key(stored.access_time) == key(now.into()) {
+                if !is_wanted {
+                    inode.settle_access(stored.access_time.seconds.saturating_add(RELATIVE_AGE_SECONDS));
+                }
                 return;
             }
             state.inode.access_time = now.into();
@@ -199,7 +207,7 @@ pub(super) fn apply_changes(inode: &VfsInode, changes: &SetAttributes, stored: &
 }
 
 pub(super) fn restore_times(inode: &VfsInode, before: Times) {
-    let mut state = inode.state();
+    let mut state = inode.state_for_times();
     state.inode.access_time = before.access;
     state.inode.modification_time = before.modification;
     state.inode.change_time = before.change;

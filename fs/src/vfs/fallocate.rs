@@ -46,12 +46,19 @@ impl Vfs {
             return Err(Errno::INVAL.into());
         }
         let end = offset.checked_add(length).filter(|&end| end <= FILE_BYTES_MAX).ok_or(Error::Posix(Errno::FBIG))?;
-        let _lock = inode.lock.write();
+        let lock = inode.lock.write();
         let flags = inode.state().inode.flags;
         if flags & FLAG_IMMUTABLE != 0 || (flags & FLAG_APPEND != 0 && mode & PUNCH_HOLE != 0) {
             return Err(Errno::PERM.into());
         }
-        if mode & PUNCH_HOLE != 0 { self.punch(inode, offset, end) } else { self.allocate(inode, offset, end, mode) }
+        if mode & PUNCH_HOLE != 0 {
+            self.punch(inode, offset, end)?;
+        } else {
+            self.allocate(inode, offset, end, mode)?;
+        }
+        drop(lock);
+        // The edges of a hole are delayed data.
+        if self.is_synchronous() { self.make_durable(inode, true) } else { Ok(()) }
     }
 
     /// Bytes of the range (whole blocks) that neither data nor an earlier fallocate holds.

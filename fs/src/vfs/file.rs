@@ -202,7 +202,7 @@ impl Vfs {
             return Err(Errno::PERM.into());
         }
         let bytes = self.write_bytes(&inode, at, request.data, request.clear_set_id)?;
-        if (request.synchronous && !request.from_page_cache) || flags & FLAG_SYNC != 0 {
+        if (request.synchronous && !request.from_page_cache) || flags & FLAG_SYNC != 0 || self.is_synchronous() {
             self.make_durable(&inode, true)?;
         }
         Ok(u32::try_from(bytes).unwrap_or(u32::MAX))
@@ -287,7 +287,7 @@ impl Vfs {
         drop(given_back);
         if outcome.bytes > 0 {
             let now = self.env.now();
-            let mut state = inode.state();
+            let mut state = inode.state_for_times();
             state.inode.modification_time = now.into();
             state.inode.change_time = now.into();
             state.times_ahead = true;

@@ -1,12 +1,15 @@
 //! Open files and directories.
 
+use std::cell::RefCell;
+use std::sync::Weak;
+
 use hashbrown::HashMap;
 use rustix::io::Errno;
 
 use super::inode::VfsInode;
 use crate::error::{Error, Result};
 use crate::pagecache::{ErrorCursor, Readahead};
-use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::sync::{Arc, Mutex, RwLock};
 
 /// One open file or directory.
@@ -19,6 +22,7 @@ pub(super) struct Handle {
     error_cursor: Mutex<ErrorCursor>,
     /// Its reading habits.
     pub readahead: Readahead,
+    is_closed: AtomicBool,
 }
 
 impl Handle {
@@ -34,11 +38,28 @@ impl Handle {
     }
 }
 
-/// All handles, by number. The lock is a leaf.
+/// All handles, by number. The lock is a leaf. Each thread remembers the handles that it used last, so that reading through one again
+/// takes no lock.
 #[derive(Debug, Default)]
 pub(super) struct Handles {
     next: AtomicU64,
     open: RwLock<HashMap<u64, Arc<Handle>>>,
+    /// Tells filesystems of one process apart.
+    identity: Arc<()>,
+}
+
+/// A handle that a thread has used.
+struct Remembered {
+    owner: Arc<()>,
+    number: u64,
+    handle: Weak<Handle>,
+}
+
+/// Handles that a thread remembers.
+const REMEMBERED_MAX: usize = 8;
+
+thread_local! {
+    static REMEMBERED: RefCell<Vec<Remembered>> = const { RefCell::new(Vec::new()) };
 }
 
 impl Handles {
@@ -47,11 +68,36 @@ impl Handles {
         inode.opened();
         let error_cursor = inode.file.as_ref().map_or_else(ErrorCursor::default, |file| file.pages.errors().cursor());
         let number = self.next.fetch_add(1, Ordering::Relaxed) + 1;
-        self.open.write().insert(
-            number,
-            Arc::new(Handle { inode, flags, error_cursor: Mutex::new(error_cursor), readahead: Readahead::new() }),
-        );
+        let handle = Handle {
+            inode,
+            flags,
+            error_cursor: Mutex::new(error_cursor),
+            readahead: Readahead::new(),
+            is_closed: AtomicBool::new(false),
+        };
+        self.open.write().insert(number, Arc::new(handle));
         number
+    }
+
+    fn remembered(&self, number: u64) -> Option<Arc<Handle>> {
+        REMEMBERED.with_borrow(|remembered| {
+            let found = remembered
+                .iter()
+                .find(|remembered| remembered.number == number && Arc::ptr_eq(&remembered.owner, &self.identity))?;
+            found.handle.upgrade().filter(|handle| !handle.is_closed.load(Ordering::Acquire))
+        })
+    }
+
+    fn remember(&self, number: u64, handle: &Arc<Handle>) {
+        let owner = Arc::clone(&self.identity);
+        let new = Remembered { owner, number, handle: Arc::downgrade(handle) };
+        REMEMBERED.with_borrow_mut(|remembered| {
+            remembered.retain(|remembered| remembered.handle.strong_count() > 0);
+            if remembered.len() == REMEMBERED_MAX {
+                remembered.remove(0);
+            }
+            remembered.push(new);
+        });
     }
 
     /// The handle with this number.
@@ -59,16 +105,27 @@ impl Handles {
     /// # Errors
     /// `EBADF`.
     pub fn get(&self, number: u64) -> Result<Arc<Handle>> {
-        self.open.read().get(&number).cloned().ok_or(Error::Posix(Errno::BADF))
+        if let Some(handle) = self.remembered(number) {
+            return Ok(handle);
+        }
+        let handle = self.open.read().get(&number).cloned().ok_or(Error::Posix(Errno::BADF))?;
+        self.remember(number, &handle);
+        Ok(handle)
     }
 
     /// Closes. The caller takes the inode's count down.
     pub fn close(&self, number: u64) -> Result<Arc<Handle>> {
-        self.open.write().remove(&number).ok_or(Error::Posix(Errno::BADF))
+        let handle = self.open.write().remove(&number).ok_or(Error::Posix(Errno::BADF))?;
+        handle.is_closed.store(true, Ordering::Release);
+        Ok(handle)
     }
 
     /// Closes all: the kernel is gone.
     pub fn close_all(&self) -> Vec<Arc<Handle>> {
-        self.open.write().drain().map(|(_, handle)| handle).collect()
+        let handles: Vec<_> = self.open.write().drain().map(|(_, handle)| handle).collect();
+        for handle in &handles {
+            handle.is_closed.store(true, Ordering::Release);
+        }
+        handles
     }
 }

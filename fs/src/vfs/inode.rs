@@ -14,7 +14,7 @@ use crate::env::Event;
 use crate::format::namespace::{FileType, Inode};
 use crate::pagecache::{AddressSpace, PageSource};
 use crate::space::SpaceReservation;
-use crate::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering};
 use crate::sync::{Arc, Mutex, MutexGuard, RwLock};
 use crate::units::{InodeNumber, JournalSequence};
 
@@ -64,6 +64,8 @@ pub(super) struct VfsInode {
     pub file: Option<FilePages>,
     /// Newest journal record that holds a change of it: what fsync waits for.
     sequence: AtomicU64,
+    /// The access time needs no change before this time, in seconds since 1970, unless another time changes.
+    access_settled_until: AtomicI64,
     /// Open handles.
     opens: AtomicU32,
     /// One writeback of an inode at a time; also held, for ever, by its deletion.
@@ -112,6 +114,7 @@ impl VfsInode {
             size: AtomicU64::new(size),
             file,
             sequence: AtomicU64::new(sequence.0),
+            access_settled_until: AtomicI64::new(i64::MIN),
             opens: AtomicU32::new(0),
             writeback_busy: AtomicBool::new(false),
             writeback_done: Event::new(),
@@ -120,6 +123,23 @@ impl VfsInode {
 
     pub fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock()
+    }
+
+    /// The state, to change times in it.
+    pub fn state_for_times(&self) -> MutexGuard<'_, State> {
+        let state = self.state.lock();
+        self.access_settled_until.store(i64::MIN, Ordering::Release);
+        state
+    }
+
+    /// Whether the access time is known to need no change at `seconds`.
+    pub fn is_access_settled(&self, seconds: i64) -> bool {
+        seconds < self.access_settled_until.load(Ordering::Acquire)
+    }
+
+    /// The access time needs no change before `seconds`. The caller has the state.
+    pub fn settle_access(&self, seconds: i64) {
+        self.access_settled_until.store(seconds, Ordering::Release);
     }
 
     /// Size in bytes.
@@ -149,7 +169,7 @@ impl VfsInode {
     /// Takes over what a transaction of the namespace has stored. The caller holds the inode lock exclusively, or the inode is new.
     pub fn apply(&self, stored: &Inode, sequence: JournalSequence) {
         {
-            let mut state = self.state();
+            let mut state = self.state_for_times();
             if self.file_type == FileType::Regular {
                 let kept = &state.inode;
                 let merged = Inode {

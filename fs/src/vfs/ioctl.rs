@@ -108,7 +108,7 @@ impl Vfs {
         }
         let inode: Arc<VfsInode> = self.inode(node)?;
         let now = self.env.now();
-        let _lock = inode.lock.write();
+        let lock = inode.lock.write();
         let (present, owner) = {
             let state = inode.state();
             (state.inode.flags, state.inode.uid)
@@ -124,7 +124,8 @@ impl Vfs {
             })
         })?;
         inode.apply(&committed.value, committed.sequence);
-        Ok(())
+        drop(lock);
+        self.settle(&inode)
     }
 
     /// `FS_IOC_SHUTDOWN`: as if the machine had lost its power, after a flush unless `flags` says none.

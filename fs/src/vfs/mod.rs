@@ -78,6 +78,10 @@ pub struct VfsOptions {
     pub read_only: bool,
     /// Access times.
     pub access_time: AccessTime,
+    /// Everything is durable when it returns. So it is with a commit interval of 0.
+    pub synchronous: bool,
+    /// Changes of names are durable when they return.
+    pub directory_synchronous: bool,
     /// Dirty data is written back when it is this old.
     pub writeback_age: Duration,
     /// Most inodes that are kept in memory beyond those that are open, dirty or unlinked.
@@ -89,6 +93,8 @@ impl Default for VfsOptions {
         Self {
             read_only: false,
             access_time: AccessTime::default(),
+            synchronous: false,
+            directory_synchronous: false,
             writeback_age: Duration::from_secs(5),
             inodes_max: 32 << 10,
         }
@@ -220,8 +226,31 @@ impl Vfs {
             return Err(Error::ReadOnly);
         }
         match self.journal.latched() {
-            Some(reason) => Err(Error::Latched { reason }),
+            Some(reason) => {
+                // The journal may have latched by itself: writers must not wait for a writeback that will not come.
+                self.cache.latch(Error::Latched { reason: reason.clone() });
+                Err(Error::Latched { reason })
+            }
             None => Ok(()),
+        }
+    }
+
+    /// Whether every operation is to be durable when it returns.
+    fn is_synchronous(&self) -> bool {
+        self.options.synchronous || self.journal.commits_at_once()
+    }
+
+    /// Ends a change of attributes: durable, where the mount says so. No lock is held.
+    fn settle(&self, inode: &inode::VfsInode) -> Result<()> {
+        if self.is_synchronous() { self.journal.flush(inode.sequence()) } else { Ok(()) }
+    }
+
+    /// Ends a change of names in a directory: durable, where the mount says so. No lock is held.
+    fn settle_names(&self, directory: &inode::VfsInode) -> Result<()> {
+        if self.options.directory_synchronous || self.is_synchronous() {
+            self.journal.flush(directory.sequence())
+        } else {
+            Ok(())
         }
     }
 

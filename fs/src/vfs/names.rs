@@ -79,6 +79,7 @@ impl Vfs {
             self.apply(&changed, &[&directory], &Committed { value: (), sequence });
             self.table.get_or_load(number, 1, || self.new_object(number, inode.clone(), sequence))?
         };
+        self.settle_names(&directory)?;
         let entry = self.entry(&inode);
         Ok((inode, entry))
     }
@@ -149,6 +150,7 @@ impl Vfs {
             let Committed { value: Made { changed, .. }, sequence } = committed;
             self.apply(&changed, &held, &Committed { value: (), sequence });
         }
+        self.settle_names(&directory)?;
         self.table.add_lookups(inode.number, 1);
         Ok(self.entry(&inode))
     }
@@ -207,7 +209,7 @@ impl Vfs {
             };
             if committed {
                 self.reap_if_unused(child.number);
-                return Ok(());
+                return self.settle_names(&directory);
             }
         }
     }
@@ -299,7 +301,8 @@ impl Vfs {
                     if let Some(target) = expected_target {
                         self.reap_if_unused(target);
                     }
-                    return Ok(());
+                    // One record holds all of it.
+                    return self.settle_names(&directory);
                 }
                 Err(error) if is_lost_race(&error) => {}
                 Err(error) => return Err(error),

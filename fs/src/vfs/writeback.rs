@@ -93,6 +93,9 @@ impl Vfs {
                 Ok(bytes)
             }
             Err(error) => {
+                if matches!(&error, Error::Device { operation, .. } if *operation != "read") {
+                    self.latch(format!("file data could not be written: {error}"));
+                }
                 inode.state().times_ahead = true;
                 let mut surplus = 0;
                 for run in runs {

@@ -45,13 +45,14 @@ impl Vfs {
         inode: &Arc<VfsInode>,
         body: &mut dyn FnMut(&mut crate::transaction::Transaction<'_>) -> Result<Changed>,
     ) -> Result<()> {
-        let _lock = inode.lock.write();
+        let lock = inode.lock.write();
         let Committed { value: changed, sequence } =
             self.transactions.run(CommitOptions::default(), |transaction| body(transaction))?;
         for (_, stored) in &changed {
             inode.apply(stored, sequence);
         }
-        Ok(())
+        drop(lock);
+        self.settle(inode)
     }
 
     /// Value of an extended attribute.

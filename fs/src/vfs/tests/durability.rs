@@ -126,3 +126,33 @@ fn the_sync_ioctl_makes_everything_durable() {
         assert_eq!(content(&mount, &format!("f{index}")).unwrap(), [index as u8; 3000]);
     }
 }
+
+#[test]
+fn a_synchronous_mount_needs_no_fsync() {
+    let options = OpenOptions { synchronous: true, ..OpenOptions::default() };
+    let commit_at_once = OpenOptions { commit_interval: Duration::ZERO, ..OpenOptions::default() };
+    for options in [options, commit_at_once] {
+        let mut mount = Mount::with(Env::simulated(8), 48 << 20, options);
+        let directory = mount.mkdir(ROOT, "d");
+        let file = mount.create(directory, "f");
+        mount.write(file, 0, &[5; 9000]).unwrap();
+        mount.truncate(file.0, 8000).unwrap();
+        mount.vfs().fallocate(&USER, file.0, file.1, 100, 5000, 3).unwrap();
+        mount.vfs().set_xattr(&USER, file.0, OsStr::new("user.x"), b"y", 0).unwrap();
+        mount.vfs().rename(&USER, directory, OsStr::new("f"), ROOT, OsStr::new("g"), 0).unwrap();
+        mount.crash();
+        let found = content(&mount, "g").unwrap();
+        assert_eq!((found.len(), found[99], found[100], found[5099], found[5100]), (8000, 5, 0, 0, 5));
+        let node = mount.lookup(ROOT, "g").unwrap();
+        assert_eq!(mount.vfs().get_xattr(&USER, node, OsStr::new("user.x")).unwrap(), b"y");
+    }
+}
+
+#[test]
+fn a_directory_synchronous_mount_keeps_names() {
+    let options = OpenOptions { directory_synchronous: true, ..OpenOptions::default() };
+    let mut mount = Mount::with(Env::simulated(9), 48 << 20, options);
+    mount.create(ROOT, "f");
+    mount.crash();
+    assert!(mount.lookup(ROOT, "f").is_some());
+}

@@ -150,3 +150,19 @@ fn more_data_than_memory_flows_through() {
     }
     assert!(mount.filesystem.as_ref().unwrap().cache().peak_bytes() <= 24 << 20);
 }
+
+#[test]
+fn a_warm_read_takes_no_lock() {
+    let mount = real();
+    let file = mount.create(ROOT, "f");
+    mount.write(file, 0, &vec![3; 1 << 20]).unwrap();
+    mount.vfs().sync().unwrap();
+    for _ in 0..2 {
+        mount.read(file, 0, 1 << 20).unwrap();
+    }
+    let before = crate::sync::lock_count();
+    let request = ReadRequest { node: file.0, handle: file.1, offset: 0, length_bytes: 1 << 20, direct: false };
+    let batch = mount.vfs().read(&USER, &request).unwrap();
+    assert_eq!(crate::sync::lock_count() - before, 0);
+    assert_eq!((batch.len(), batch.reference_count()), (1 << 20, 1));
+}
