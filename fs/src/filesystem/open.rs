@@ -18,7 +18,7 @@ use crate::format::{BtreeId, ChecksumKind, CompressionKind, Position};
 use crate::journal::{Journal, JournalConfig, Log, journal_identity, read_log};
 use crate::metrics::Metrics;
 use crate::options::{AccessTimes, CompressionChoice, MountOptions};
-use crate::pagecache::{Cache, CacheOptions};
+use crate::pagecache::{Cache, CacheOptions, spawn_threads};
 use crate::recovery::{replay, superblock};
 use crate::snapshot::Snapshots;
 use crate::space::Space;
@@ -28,6 +28,9 @@ use crate::transaction::{CommitOptions, Transaction, Transactions};
 use crate::units::{BucketIndex, DeviceIndex, InodeNumber, JournalSequence, SnapshotId};
 use crate::vfs::{AccessTime, Vfs, VfsConfig, VfsOptions};
 use crate::workers::{OnFailure, WorkerThreads};
+
+/// Threads that read ahead what nobody waits for yet.
+const READAHEAD_THREADS: usize = 2;
 
 /// Which background jobs run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -414,7 +417,11 @@ impl Filesystem {
         let cache = Cache::new(
             Arc::clone(&env),
             Arc::clone(&metrics),
-            CacheOptions { block_bytes: superblock.geometry.block_bytes, ..CacheOptions::new(page_bytes) },
+            CacheOptions {
+                block_bytes: superblock.geometry.block_bytes,
+                spawn: if env.is_simulated() { None } else { Some(spawn_threads(READAHEAD_THREADS)?) },
+                ..CacheOptions::new(page_bytes)
+            },
         )?;
         let vfs = Vfs::new(VfsConfig {
             transactions: Arc::clone(&transactions),

@@ -6,8 +6,22 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::folio_bytes::Memory;
 use crate::env::Event;
-use crate::sync::Arc;
+use crate::sync::{Arc, Mutex};
+
+/// Runs of at least this many bytes are kept for the next one who wants such a run: to ask the host for them anew costs page faults
+/// and zeroing.
+const SPARE_RUN_BYTES_MIN: usize = 64 << 10;
+/// Most bytes of runs that are kept. They are not counted in the budget: nobody uses them.
+const SPARE_BYTES_MAX: u64 = 32 << 20;
+
+/// Memory that nobody uses.
+#[derive(Debug, Default)]
+struct Spare {
+    runs: Vec<Memory>,
+    bytes: u64,
+}
 
 /// See the module's documentation.
 #[derive(Debug)]
@@ -17,6 +31,7 @@ pub struct Budget {
     peak_bytes: AtomicU64,
     waiting: AtomicU64,
     freed: Event,
+    spare: Mutex<Spare>,
 }
 
 impl Budget {
@@ -29,6 +44,7 @@ impl Budget {
             peak_bytes: AtomicU64::new(0),
             waiting: AtomicU64::new(0),
             freed: Event::new(),
+            spare: Mutex::new(Spare::default()),
         })
     }
 
@@ -97,6 +113,30 @@ impl Budget {
     pub fn announce_waiter(&self) -> WaiterMark<'_> {
         self.waiting.fetch_add(1, Ordering::SeqCst);
         WaiterMark(&self.waiting)
+    }
+
+    /// A run of exactly `length` bytes that somebody has used before.
+    pub(super) fn take_spare(&self, length: usize) -> Option<Memory> {
+        if length < SPARE_RUN_BYTES_MIN {
+            return None;
+        }
+        let mut spare = self.spare.lock();
+        let place = spare.runs.iter().rposition(|run| run.length() == length)?;
+        spare.bytes -= length as u64;
+        Some(spare.runs.swap_remove(place))
+    }
+
+    /// Keeps a run for the next one, if there is room for it.
+    pub(super) fn keep_spare(&self, memory: Memory) {
+        let length = memory.length() as u64;
+        if memory.length() < SPARE_RUN_BYTES_MIN {
+            return;
+        }
+        let mut spare = self.spare.lock();
+        if spare.bytes + length <= SPARE_BYTES_MAX.min(self.limit_bytes() / 8) {
+            spare.bytes += length;
+            spare.runs.push(memory);
+        }
     }
 
     pub(super) fn release(&self, bytes: u64) {

@@ -21,21 +21,59 @@ pub const FOLIO_BYTES_MAX: usize = 1 << 20;
 /// A run of memory. Made by [`FolioBytes::allocate`], read through [`FolioBytes::reference`], changed through [`FolioBytes::try_write`].
 #[derive(Debug)]
 pub struct FolioBytes {
-    memory: NonNull<u8>,
-    length: usize,
+    /// Always there but for the moment of the drop.
+    memory: Option<Memory>,
     word: ReferenceWord,
     budget: Arc<Budget>,
 }
 
-// SAFETY: the memory is owned by this value alone, and all access to it is arbitrated by the atomic word.
-#[expect(unsafe_code)]
-unsafe impl Send for FolioBytes {}
-// SAFETY: as above: shared access hands out `&[u8]` only under a byte reference, `&mut [u8]` only under the writer bit.
-#[expect(unsafe_code)]
-unsafe impl Sync for FolioBytes {}
+/// An allocation of initialised bytes, aligned to [`FOLIO_ALIGNMENT`]; freed when it is dropped. By itself it gives no access.
+#[derive(Debug)]
+pub(super) struct Memory {
+    start: NonNull<u8>,
+    length: usize,
+}
 
+// SAFETY: it owns its allocation, and gives no access to it.
+#[expect(unsafe_code)]
+unsafe impl Send for Memory {}
+// SAFETY: as above: a shared `Memory` shows an address and a length. Access goes through `FolioBytes`, whose word arbitrates it.
+#[expect(unsafe_code)]
+unsafe impl Sync for Memory {}
+
+impl Memory {
+    fn layout(length: usize) -> Option<Layout> {
+        Layout::from_size_align(length, FOLIO_ALIGNMENT).ok()
+    }
+
+    fn allocate_zeroed(length: usize) -> Option<Self> {
+        let layout = Self::layout(length).filter(|layout| layout.size() > 0)?;
+        // SAFETY: the layout has a non-zero size, checked on the line above.
+        #[expect(unsafe_code)]
+        let start = NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) })?;
+        Some(Self { start, length })
+    }
+
+    pub(super) fn length(&self) -> usize {
+        self.length
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        if let Some(layout) = Self::layout(self.length) {
+            // SAFETY: the memory came from the global allocator with this very layout, and nobody refers to it: every reference and
+            // every writer holds an `Arc` of the `FolioBytes` that owned it, and that is gone.
+            #[expect(unsafe_code)]
+            unsafe {
+                std::alloc::dealloc(self.start.as_ptr(), layout);
+            }
+        }
+    }
+}
 impl FolioBytes {
-    /// New memory of `length` bytes, zeroed, taken from `reservation`; the caller is its writer. `length` must be a power of two of
+    /// Memory of `length` bytes taken from `reservation`; the caller is its writer. Its bytes are zero or those of an earlier life, so the
+    /// caller writes whatever it lets others see. `length` must be a power of two of
     /// at least 4096 and at most [`FOLIO_BYTES_MAX`] bytes.
     ///
     /// # Errors
@@ -45,15 +83,24 @@ impl FolioBytes {
             return Err(Error::Bug(format!("a folio of {length} bytes")));
         }
         let share = reservation.split_off(length as u64);
-        let Some(memory) = allocate_zeroed(length) else { return Err(Error::Posix(rustix::io::Errno::NOMEM)) };
-        let bytes = Arc::new(Self { memory, length, word: ReferenceWord::new_writing(), budget: share.into_budget() });
+        let budget = share.into_budget();
+        let Some(memory) = budget.take_spare(length).or_else(|| Memory::allocate_zeroed(length)) else {
+            budget.release(length as u64);
+            return Err(Error::Posix(rustix::io::Errno::NOMEM));
+        };
+        let bytes = Arc::new(Self { memory: Some(memory), word: ReferenceWord::new_writing(), budget });
         Ok(FolioWriter { bytes, range: 0..length })
     }
 
     /// Length in bytes.
     #[must_use]
     pub fn length(&self) -> usize {
-        self.length
+        self.memory.as_ref().map_or(0, Memory::length)
+    }
+
+    /// Where the run starts. Not to be read or written but under the word.
+    fn start(&self) -> *mut u8 {
+        self.memory.as_ref().map_or(std::ptr::null_mut(), |memory| memory.start.as_ptr())
     }
 
     /// A reference to the bytes of `range` (clamped to the run). Waits for a writer that is inside.
@@ -76,33 +123,18 @@ impl FolioBytes {
     }
 
     fn clamp(&self, range: Range<usize>) -> Range<usize> {
-        let end = range.end.min(self.length);
+        let end = range.end.min(self.length());
         range.start.min(end)..end
     }
-
-    fn layout(length: usize) -> Option<Layout> {
-        Layout::from_size_align(length, FOLIO_ALIGNMENT).ok()
-    }
-}
-
-fn allocate_zeroed(length: usize) -> Option<NonNull<u8>> {
-    let layout = FolioBytes::layout(length).filter(|layout| layout.size() > 0)?;
-    // SAFETY: the layout has a non-zero size, checked on the line above.
-    #[expect(unsafe_code)]
-    NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) })
 }
 
 impl Drop for FolioBytes {
     fn drop(&mut self) {
-        if let Some(layout) = Self::layout(self.length) {
-            // SAFETY: the memory came from the global allocator with this very layout, and nobody refers to it: every reference
-            // and every writer holds an `Arc` of this value, which is being dropped.
-            #[expect(unsafe_code)]
-            unsafe {
-                std::alloc::dealloc(self.memory.as_ptr(), layout);
-            }
+        if let Some(memory) = self.memory.take() {
+            let length = memory.length() as u64;
+            self.budget.keep_spare(memory);
+            self.budget.release(length);
         }
-        self.budget.release(self.length as u64);
     }
 }
 
@@ -141,11 +173,11 @@ impl Deref for ByteReference {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        // SAFETY: `range` was clamped to the run when this was made, the run was zeroed when it was allocated and lives as long as our
-        // `Arc`, and the byte reference that we hold in the word keeps every writer out.
+        // SAFETY: `range` was clamped to the run when this was made, the run is initialised (it was zeroed when it was allocated) and lives as
+        // long as our `Arc`, and the byte reference that we hold in the word keeps every writer out.
         #[expect(unsafe_code)]
         unsafe {
-            std::slice::from_raw_parts(self.bytes.memory.as_ptr().add(self.range.start), self.range.len())
+            std::slice::from_raw_parts(self.bytes.start().add(self.range.start), self.range.len())
         }
     }
 }
@@ -178,7 +210,7 @@ impl Deref for FolioWriter {
         // SAFETY: as in `ByteReference`, and nobody else can change the bytes: we hold the writer bit.
         #[expect(unsafe_code)]
         unsafe {
-            std::slice::from_raw_parts(self.bytes.memory.as_ptr().add(self.range.start), self.range.len())
+            std::slice::from_raw_parts(self.bytes.start().add(self.range.start), self.range.len())
         }
     }
 }
@@ -189,7 +221,7 @@ impl DerefMut for FolioWriter {
         // every other writer, and `&mut self` every other slice of ours.
         #[expect(unsafe_code)]
         unsafe {
-            std::slice::from_raw_parts_mut(self.bytes.memory.as_ptr().add(self.range.start), self.range.len())
+            std::slice::from_raw_parts_mut(self.bytes.start().add(self.range.start), self.range.len())
         }
     }
 }
@@ -226,6 +258,19 @@ mod tests {
         assert_eq!(&*reference.slice(1..9), &[9]);
         drop(reference);
         assert_eq!(budget.used_bytes(), 0);
+    }
+
+    #[test]
+    fn large_runs_are_used_again() {
+        let budget = Budget::new(64 << 20);
+        let mut reservation = budget.try_reserve(8 << 20).unwrap();
+        let mut writer = FolioBytes::allocate(&mut reservation, 1 << 20).unwrap();
+        writer.fill(7);
+        let address = writer.as_ptr();
+        drop(writer);
+        let again = FolioBytes::allocate(&mut reservation, 1 << 20).unwrap();
+        assert_eq!(again.as_ptr(), address);
+        assert!(again.iter().all(|&byte| byte == 7));
     }
 
     #[test]

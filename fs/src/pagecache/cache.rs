@@ -7,8 +7,8 @@
 //!   waits for writeback. So at least the rest of the budget can always be evicted, and reads go on.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use super::add_lock::AddLock;
@@ -90,12 +90,16 @@ pub struct Cache {
     /// Fills under way: their memory can be evicted soon.
     fills: AtomicU64,
     throttled: AtomicU64,
+    /// Pieces of work that were given to `spawn` and have not ended.
+    spawned: AtomicU64,
+    /// Notified when one of them ends.
+    spawned_ended: Event,
     /// Notified when fewer blocks are unwritten.
     cleaned: Event,
     /// Notified when the writeback worker should look.
     writeback_wanted: Event,
-    /// Oldest first. Keeps a dirty space alive.
-    dirty_spaces: Mutex<BTreeMap<DirtyKey, Arc<AddressSpace>>>,
+    /// Oldest first. The owner keeps a dirty space alive; one that ends takes itself out.
+    dirty_spaces: Mutex<BTreeMap<DirtyKey, Weak<AddressSpace>>>,
     latched: Mutex<Option<Error>>,
 }
 
@@ -142,6 +146,8 @@ impl Cache {
             promised_blocks: AtomicU64::new(0),
             fills: AtomicU64::new(0),
             throttled: AtomicU64::new(0),
+            spawned: AtomicU64::new(0),
+            spawned_ended: Event::new(),
             cleaned: Event::new(),
             writeback_wanted: Event::new(),
             dirty_spaces: Mutex::new(BTreeMap::new()),
@@ -243,12 +249,6 @@ impl Cache {
         self.budget.freed().notify();
     }
 
-    /// Lets go of the list of dirty spaces: the filesystem ends without writing them (crash tests, after a latch).
-    pub fn abandon_dirty(&self) {
-        let spaces = std::mem::take(&mut *self.dirty_spaces.lock());
-        drop(spaces);
-    }
-
     // ---- memory -------------------------------------------------------------------------------------------------------
 
     /// Memory for `bytes` if eviction of clean folios is all it takes.
@@ -295,11 +295,22 @@ impl Cache {
         }
     }
 
-    pub(super) fn spawn(&self, work: Box<dyn FnOnce() + Send>) {
-        match &self.spawn {
-            Some(spawn) => spawn(work),
-            None => work(),
-        }
+    pub(super) fn spawn(self: &Arc<Self>, work: impl FnOnce() + Send + 'static) {
+        let Some(spawn) = &self.spawn else { return work() };
+        self.spawned.fetch_add(1, Ordering::SeqCst);
+        let mark = SpawnMark(Arc::clone(self));
+        spawn(Box::new(move || {
+            work();
+            drop(mark);
+        }));
+    }
+
+    /// Waits until no readahead that nobody waits for is under way: before the devices are let go.
+    ///
+    /// # Errors
+    /// What a simulated wait fails with.
+    pub fn quiesce(&self) -> Result<()> {
+        self.env.wait(&self.spawned_ended, || (self.spawned.load(Ordering::SeqCst) == 0).then_some(()))
     }
 
     // ---- dirty limit --------------------------------------------------------------------------------------------------
@@ -400,12 +411,13 @@ impl Cache {
     #[must_use]
     pub fn dirty_spaces(&self, count: usize, older_than: Option<Duration>) -> Vec<Arc<AddressSpace>> {
         let now = self.env.monotonic();
-        let spaces = self.dirty_spaces.lock();
-        spaces
+        let candidates: Vec<(DirtyKey, Weak<AddressSpace>)> =
+            self.dirty_spaces.lock().iter().map(|(key, space)| (*key, Weak::clone(space))).collect();
+        candidates
             .iter()
             .take_while(|((since, _), _)| older_than.is_none_or(|age| now.saturating_sub(*since) >= age))
+            .filter_map(|(_, space)| space.upgrade())
             .take(count)
-            .map(|(_, space)| Arc::clone(space))
             .collect()
     }
 
@@ -419,11 +431,11 @@ impl Cache {
     /// Puts a space that became dirty in the list. Under its `tracking`.
     pub(super) fn list_dirty(&self, space: &Arc<AddressSpace>) -> DirtyKey {
         let key = (self.env.monotonic(), space.serial());
-        self.dirty_spaces.lock().insert(key, Arc::clone(space));
+        self.dirty_spaces.lock().insert(key, Arc::downgrade(space));
         key
     }
 
-    /// Takes a space that is clean out of the list. Under its `tracking`; the caller holds an `Arc` of the space, so that it does not end here.
+    /// Takes a space that is clean, or ends, out of the list. Under its `tracking`.
     pub(super) fn unlist_dirty(&self, key: DirtyKey) {
         self.dirty_spaces.lock().remove(&key);
     }
@@ -459,3 +471,43 @@ impl Drop for DirtyQuota<'_> {
         }
     }
 }
+
+/// Counts a piece of spawned work, run or not, until it is dropped.
+struct SpawnMark(Arc<Cache>);
+
+impl Drop for SpawnMark {
+    fn drop(&mut self) {
+        self.0.spawned.fetch_sub(1, Ordering::SeqCst);
+        self.0.spawned_ended.notify();
+    }
+}
+
+/// An executor of `count` threads for [`CacheOptions::spawn`]. Work that finds all of them busy and 64 pieces waiting is
+/// dropped: it is a guess. The threads end when the returned value is dropped.
+///
+/// # Errors
+/// If the host refuses a thread.
+pub fn spawn_threads(count: usize) -> Result<Spawn> {
+    let (sender, receiver) = crossbeam_channel::bounded::<Box<dyn FnOnce() + Send>>(SPAWN_QUEUE);
+    for number in 0..count {
+        let receiver = receiver.clone();
+        std::thread::Builder::new()
+            .name(format!("readahead-{number}"))
+            .spawn(move || {
+                for work in receiver {
+                    // A panic in one guess is that guess's end, not the thread's.
+                    if std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).is_err() {
+                        tracing::error!("readahead panicked");
+                    }
+                }
+            })
+            .map_err(|error| Error::io("starting a readahead thread", error))?;
+    }
+    Ok(Arc::new(move |work| {
+        // Full or closed: the work is dropped, which counts it as ended.
+        let _ = sender.try_send(work);
+    }))
+}
+
+/// Pieces of readahead that may wait for a thread.
+const SPAWN_QUEUE: usize = 64;

@@ -263,7 +263,7 @@ pub(super) fn refill(
 }
 
 /// Inserts an empty folio for a writer, with add held only meanwhile: the largest aligned one from block `range.start` on inside
-/// `range` that nothing covers. Returns it locked, with the right to its bytes (zeros). Nothing if somebody was faster.
+/// `range` that nothing covers. Returns it locked, with the right to its bytes (which are of an earlier life). Nothing if somebody was faster.
 pub(super) fn insert_for_write(
     space: &Arc<AddressSpace>,
     range: Range<u64>,

@@ -56,7 +56,7 @@ mod writeback;
 #[cfg(not(loom))]
 mod exports {
     pub use super::add_lock::{AddGuard, BlockGuard};
-    pub use super::cache::{Cache, CacheOptions, Spawn};
+    pub use super::cache::{Cache, CacheOptions, Spawn, spawn_threads};
     pub use super::collect::{CopySink, PageBatch, ReadSink};
     pub use super::errors::{ErrorCursor, ErrorSequence};
     pub use super::invalidate::{Dropped, Punched, invalidate_range, punch, truncate};

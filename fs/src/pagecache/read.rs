@@ -195,5 +195,5 @@ fn read_ahead(context: &ReadContext<'_>, block: u64) {
             tracing::debug!(%error, "readahead gave up");
         }
     };
-    context.space.cache().spawn(Box::new(work));
+    context.space.cache().spawn(work);
 }

@@ -216,3 +216,19 @@ impl AddressSpace {
         locked.detach();
     }
 }
+
+impl Drop for AddressSpace {
+    fn drop(&mut self) {
+        // Dirty data that its owner gives up (a crash test, a filesystem that has latched) must not count against the others for ever.
+        let mut tracking = self.tracking.lock();
+        let dirty = tracking.dirty.block_count();
+        if let Some(key) = tracking.dirty_key.take() {
+            self.cache.unlist_dirty(key);
+        }
+        self.cache.count_dropped(dirty);
+        drop(tracking);
+        if dirty > 0 {
+            self.cache.notify_cleaned();
+        }
+    }
+}

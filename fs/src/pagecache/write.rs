@@ -88,10 +88,22 @@ impl Content<'_> {
 
 /// Writes `data` at `offset` into the cache. `data` is private memory of the daemon (user memory is copied in before). The caller holds the
 /// inode's lock as the table in [`super`] says, has reserved space for every block that is touched, and holds no lock of the cache.
+///
+/// After a crash the file's last block may hold garbage behind the end of the file. A write that leaves a gap zeroes it, and so may make that
+/// one more block dirty.
 pub fn write(context: &WriteContext<'_>, offset: u64, data: &[u8]) -> WriteOutcome {
     let mut outcome = WriteOutcome::default();
     let step_bytes = context.space.cache().step_blocks_max() << context.space.block_shift();
     let end = offset.saturating_add(data.len() as u64);
+    // A write behind the end of the file makes the rest of the old last block visible. It is zero in the cache, but perhaps not on disk.
+    let file_end = context.end_of_file;
+    let block_end = file_end.div_ceil(context.space.block_bytes()).saturating_mul(context.space.block_bytes());
+    if offset > file_end && file_end < block_end {
+        match zero_unless_zero(context, None, file_end..block_end.min(offset)) {
+            Ok(newly) => outcome.newly_dirty_blocks += newly,
+            Err(error) => return WriteOutcome { error: Some(error), ..outcome },
+        }
+    }
     let mut at = offset;
     while at < end {
         // Steps end where a folio of the largest size would: long writes get the largest folios.
@@ -129,22 +141,29 @@ pub fn zero_within_block(
     if blocks.end - blocks.start > 1 {
         return Err(Error::Bug(format!("zeroing bytes {}..{} as one block", range.start, range.end)));
     }
+    let newly_dirty_blocks = zero_unless_zero(context, Some(blocking), range.clone())?;
+    Ok(WriteOutcome { bytes: range.end - range.start, newly_dirty_blocks, error: None })
+}
+
+/// Zeroes the bytes of `range`, which lies in one block, unless they are zero. Returns how many blocks became dirty.
+fn zero_unless_zero(context: &WriteContext<'_>, blocking: Option<&BlockGuard<'_>>, range: Range<u64>) -> Result<u64> {
+    let space = context.space;
+    let blocks = space.blocks_of(&range);
     let mut retry = Retry::default();
-    let zero_already = loop {
+    let is_zero = loop {
         let map = space.map().load_full();
         match map.get(blocks.start) {
             Some(folio) if folio.is_uptodate(blocks.start) => {
                 break folio.reference(&range).iter().all(|&byte| byte == 0);
             }
-            folio => resolve_miss(&read_context(context), Some(blocking), blocks.clone(), folio, &mut retry)?,
+            folio => resolve_miss(&read_context(context), blocking, blocks.clone(), folio, &mut retry)?,
         }
     };
-    let mut outcome = WriteOutcome::default();
-    if !zero_already {
-        write_step(context, Some(blocking), range.clone(), Content::Zeros, &mut outcome.newly_dirty_blocks)?;
+    let mut newly = 0;
+    if !is_zero {
+        write_step(context, blocking, range, Content::Zeros, &mut newly)?;
     }
-    outcome.bytes = range.end - range.start;
-    Ok(outcome)
+    Ok(newly)
 }
 
 fn read_context<'a>(context: &WriteContext<'a>) -> ReadContext<'a> {

@@ -289,6 +289,7 @@ impl Vfs {
         for inode in self.table.forget_all() {
             self.reap_if_unused(inode.number);
         }
+        self.cache.quiesce()?;
         if self.options.read_only || self.check_writable().is_err() { Ok(()) } else { self.write_back_all() }
     }
 }

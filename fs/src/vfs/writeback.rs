@@ -242,7 +242,9 @@ impl Worker for WritebackWorker {
 
     fn step(&self, _budget: u32) -> Result<Progress> {
         let vfs = &self.vfs;
-        if vfs.check_writable().is_err() {
+        if let Err(reason) = vfs.check_writable() {
+            // Nothing will be written any more: whoever waits for it must not wait for ever.
+            vfs.cache.latch(reason);
             return Ok(Progress::Idle(None));
         }
         let now = vfs.env.monotonic();
