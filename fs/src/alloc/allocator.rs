@@ -121,6 +121,8 @@ pub struct Allocator {
     fragmentation: Mutex<FragmentationIndex>,
     state: Mutex<State>,
     changed: Event,
+    /// Notified when a bucket was emptied.
+    emptied_event: Event,
     /// Free buckets of which the host was not told, as far as this mount has seen them.
     undiscarded: AtomicI64,
     metrics: Arc<Metrics>,
@@ -151,6 +153,7 @@ impl Allocator {
             fragmentation: Mutex::default(),
             state: Mutex::new(state),
             changed: Event::new(),
+            emptied_event: Event::new(),
             undiscarded: AtomicI64::new(0),
             metrics,
         })
@@ -184,6 +187,12 @@ impl Allocator {
     #[must_use]
     pub fn changed(&self) -> &Event {
         &self.changed
+    }
+
+    /// Notified when a bucket was emptied, or somebody wants those that were to be freed soon.
+    #[must_use]
+    pub fn emptied_event(&self) -> &Event {
+        &self.emptied_event
     }
 
     /// Where the space is.
@@ -636,6 +645,7 @@ impl Allocator {
         drop(state);
         if new.state == BucketState::NeedDiscard && old.state != new.state {
             self.metrics.buckets_emptied.increment();
+            self.emptied_event.notify();
         }
         let mut fragmentation = self.fragmentation.lock();
         if new.state != BucketState::Data {

@@ -162,6 +162,94 @@ impl Snapshots {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::btree::{Forest, ForestConfig, Opening};
+    use crate::device::{BlockDevice, MemDevice};
+    use crate::env::Env;
+    use crate::filesystem::format::{plan, test_geometry};
+    use crate::journal::{Journal, JournalConfig, JournalStart};
+    use crate::metrics::Metrics;
+    use crate::sync::atomic::AtomicU64;
+    use crate::transaction::CommitOptions;
+
+    fn transactions() -> Arc<Transactions> {
+        let (env, metrics) = (Env::real(), Arc::new(Metrics::default()));
+        let size = 64 << 20;
+        let superblock = Arc::new(plan(&test_geometry(), size).unwrap());
+        let devices: Vec<Arc<dyn BlockDevice>> = vec![Arc::new(MemDevice::new(size))];
+        let config = ForestConfig {
+            superblock: Arc::clone(&superblock),
+            devices: devices.clone(),
+            cache_bytes: Arc::new(AtomicU64::new(64 << 20)),
+            dirty_bytes_max: 64 << 20,
+            epoch: 1,
+        };
+        let forest = Forest::open(config, &Opening::empty(), env.clone(), metrics.clone()).unwrap();
+        let config = JournalConfig {
+            filesystem: superblock.filesystem,
+            devices,
+            copies: superblock.layout.journal.clone(),
+            bucket_bytes: superblock.geometry.bucket_bytes,
+            record_bytes_max: 64 << 10,
+            commit_interval: Some(std::time::Duration::from_secs(1)),
+        };
+        let journal = Journal::open(config, JournalStart::fresh(), env.clone(), metrics.clone()).unwrap();
+        Transactions::new(forest, journal, env, metrics)
+    }
+
+    /// Against the definition: of the keys at a place, the one of the nearest ancestor.
+    #[test]
+    fn the_nearest_ancestors_key_is_seen() {
+        let root = SnapshotId::ROOT.0;
+        let ids = [root, root - 1, root - 2, root - 3, root - 4];
+        let parents = [None, Some(root), Some(root), Some(root - 1), Some(root - 3)];
+        let table = ids.into_iter().zip(parents);
+        let snapshots = Snapshots::new(table.map(|(id, parent)| (SnapshotId(id), parent.map(SnapshotId))).collect());
+        let snapshots = snapshots.unwrap();
+        let keys: Vec<Position> =
+            [(10, 0), (10, 3), (20, 2), (20, 1), (30, 4), (40, 0), (40, 1), (40, 3), (50, 2), (60, 0)]
+                .into_iter()
+                .map(|(offset, id): (u64, usize)| Position::new(7, offset, ids[id]))
+                .collect();
+        let transactions = transactions();
+        transactions
+            .run(CommitOptions::default(), |transaction| {
+                for position in &keys {
+                    transaction.put(BtreeId::Dirents, *position, position.snapshot.to_le_bytes().to_vec());
+                }
+                Ok(())
+            })
+            .unwrap();
+        let nearest = |offset: u64, reader: u32| {
+            let mut id = Some(reader);
+            while let Some(snapshot) = id {
+                let position = Position::new(7, offset, snapshot);
+                if keys.contains(&position) {
+                    return Some(position);
+                }
+                id = parents[ids.iter().position(|known| *known == snapshot).unwrap()];
+            }
+            None
+        };
+        let mut transaction = transactions.read();
+        for reader in ids {
+            let seen: Vec<Position> = (0..7).filter_map(|index| nearest(index * 10, reader)).collect();
+            for offset in 0..70 {
+                let expected = nearest(offset, reader);
+                let found =
+                    snapshots.visible(&mut transaction, BtreeId::Dirents, InodeNumber(7), offset, SnapshotId(reader));
+                assert_eq!(found.unwrap().map(|(position, _)| position), expected, "{offset} from {reader}");
+                let here = Position::new(7, offset, 0);
+                let (first, last) = (Position::new(7, 0, 0), Position::new(7, 65, 0));
+                let next = snapshots.next_visible(&mut transaction, BtreeId::Dirents, here, last, SnapshotId(reader));
+                let expected = seen.iter().find(|position| position.offset >= offset).copied();
+                assert_eq!(next.unwrap().map(|(position, _)| position), expected, "from {offset} on, {reader}");
+                let previous =
+                    snapshots.previous_visible(&mut transaction, BtreeId::Dirents, here, first, SnapshotId(reader));
+                let expected = seen.iter().rfind(|position| position.offset <= offset).copied();
+                assert_eq!(previous.unwrap().map(|(position, _)| position), expected, "down from {offset}, {reader}");
+            }
+        }
+    }
 
     #[test]
     fn ancestry_follows_parents() {

@@ -22,8 +22,10 @@ const FREE_BATCH: usize = 16;
 const PUNCH_BATCH: usize = 16;
 /// Fewest undiscarded free buckets that are kept for reuse.
 const KEEP_BUCKETS_MIN: u64 = 64;
-/// How soon to look again at a bucket that is being read.
-const LOOK_AGAIN: Duration = Duration::from_millis(20);
+/// How soon to look whether what was emptied has become reusable, or is no longer read.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
+/// The same when space is short.
+const LOOK_SOON: Duration = Duration::from_millis(5);
 /// How long an emptied bucket may wait for somebody else's flush before the worker asks for one.
 const PATIENCE: Duration = Duration::from_secs(1);
 
@@ -212,6 +214,8 @@ impl FreeWorker {
             *refreshed_at = now;
             drop(refreshed_at);
             self.space.refresh_node_bytes();
+            // The floor may have sunk.
+            self.space.allocator.changed().notify();
         }
     }
 }
@@ -244,16 +248,15 @@ impl Worker for FreeWorker {
                 }
             }
         };
-        let left = (since + PATIENCE).saturating_sub(now);
-        if left.is_zero() || space.copygc_needed() {
+        let is_short = space.copygc_needed();
+        if is_short || now >= since + PATIENCE {
             space.journal.want_reusable(newest);
-            return Ok(Progress::Idle(Some(PATIENCE)));
         }
-        Ok(Progress::Idle(Some(left)))
+        Ok(Progress::Idle(Some(if is_short { LOOK_SOON } else { LOOK_AGAIN })))
     }
 
-    /// The journal's: what the worker waits for is that records become durable, and whoever empties a bucket writes one.
+    /// Not the journal's, which is notified at each flush: most flushes have nothing to do with emptied buckets.
     fn event(&self) -> &Event {
-        self.space.journal.reusable_event()
+        self.space.allocator.emptied_event()
     }
 }

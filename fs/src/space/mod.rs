@@ -39,7 +39,7 @@ use crate::journal::Journal;
 use crate::metrics::Metrics;
 use crate::sync::Arc;
 use crate::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use crate::transaction::{Transaction, Transactions};
+use crate::transaction::{CommitOptions, Transaction, Transactions};
 use crate::units::{BucketIndex, DeviceIndex};
 
 pub use crate::alloc::{Allocation, BucketReferences, SpaceReservation, TestSwitches, Usage, Watermark, WritePoint};
@@ -222,23 +222,28 @@ impl Space {
                 Take::Refill => {
                     self.allocator.refill(&store::Store::new(self))?;
                 }
-                Take::Full => return Ok(None),
+                Take::Full if self.free_now()? => {}
+                Take::Full => {
+                    if self.allocator.emptied_span().is_none() {
+                        // Copygc has used its reserve up and nothing is about to come back: whoever waits for it is told.
+                        self.copygc_exhausted.store(true, Ordering::SeqCst);
+                        self.allocator.changed().notify();
+                    }
+                    return Ok(None);
+                }
             }
         }
     }
 
     /// Waits until it is worth trying again. First frees what it can itself.
     fn wait_for_bucket(&self, point: WritePoint, watermark: Watermark) -> Result<()> {
-        self.allocator.close_empty();
-        if let Some((_, newest)) = self.allocator.emptied_span() {
-            self.journal.make_reusable(newest)?;
-            if self.free_emptied(crate::transaction::CommitOptions::reclaim(), 64)? > 0 {
-                return Ok(());
-            }
+        if self.free_now()? {
+            return Ok(());
         }
+        self.copygc_exhausted.store(false, Ordering::SeqCst);
         self.waiters.fetch_add(1, Ordering::SeqCst);
         self.copygc_event.notify();
-        self.journal.reusable_event().notify();
+        self.allocator.emptied_event().notify();
         let outcome = self.env.wait(self.allocator.changed(), || {
             if self.allocator.could_take(point, watermark) {
                 return Some(Ok(()));
@@ -250,6 +255,14 @@ impl Space {
         });
         self.waiters.fetch_sub(1, Ordering::SeqCst);
         outcome?
+    }
+
+    /// Frees emptied buckets with a flush of its own, without waiting for anybody. Returns whether there were any.
+    fn free_now(&self) -> Result<bool> {
+        self.allocator.close_empty();
+        let Some((_, newest)) = self.allocator.emptied_span() else { return Ok(false) };
+        self.journal.make_reusable(newest)?;
+        Ok(self.free_emptied(CommitOptions::reclaim(), 64)? > 0)
     }
 
     /// Whether nothing under way can free a bucket.
