@@ -256,7 +256,8 @@ impl Forest {
         let added = self.dirty.lock().nodes.insert((node.level, node.btree, node.id), Arc::clone(node)).is_none();
         if added {
             self.dirty_count.fetch_add(1, Ordering::Relaxed);
-            if self.dirty_bytes() > self.dirty_bytes_max / 2 {
+            // Early enough that commits can go on while it is made.
+            if self.dirty_bytes() > self.dirty_bytes_max / 4 * 3 {
                 self.request_checkpoint();
             }
         }
