@@ -242,6 +242,8 @@ impl Data {
         }
         let pointers: Vec<ExtentPointer> =
             found.iter().filter_map(Found::data).flat_map(|data| data.pointers.iter().copied()).collect();
+        #[cfg(test)]
+        super::tests::seam::reach("looked up");
         let _references = self.space.reference(&pointers);
         looked_up();
         let mut attempted = Attempted::default();
@@ -259,6 +261,8 @@ impl Data {
             }
             !is_stale
         });
+        #[cfg(test)]
+        super::tests::seam::reach("submitting");
         let (mut raws, mut frames) = self.sort_out(&found, segments)?;
         self.submit(&found, &mut raws, &mut frames);
         for raw in raws {

@@ -89,7 +89,7 @@ fn parts_of_frames_are_moved_alone() {
     assert!(stack.extents_of(inode).iter().all(raw), "a single block is stored raw");
 }
 
-/// Readers, a writer and copygc at once, in real threads, without checksums: only the references keep readers from buckets that
+/// Readers, writers and copygc at once, in real threads, without checksums: only the references keep readers from buckets that
 /// were given to others. Each block says whose it is.
 #[test]
 fn readers_never_see_another_files_blocks() {

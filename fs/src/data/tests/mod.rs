@@ -5,6 +5,7 @@ mod damage;
 mod cutting;
 mod model;
 mod ranges;
+mod reuse;
 
 use std::collections::BTreeMap;
 
@@ -18,6 +19,29 @@ use crate::format::space::{Backpointer, Bucket, BucketState};
 use crate::format::{CompressionKind, Value};
 use crate::transaction::CommitOptions;
 use crate::units::BucketIndex;
+
+/// Places in the middle of an operation where a test lets something happen.
+pub mod seam {
+    use std::cell::RefCell;
+
+    type Hook = Option<(&'static str, Box<dyn FnOnce()>)>;
+
+    thread_local! {
+        static HOOK: RefCell<Hook> = const { RefCell::new(None) };
+    }
+
+    /// Runs `hook` once, when this thread next comes to `place`.
+    pub fn at(place: &'static str, hook: impl FnOnce() + 'static) {
+        HOOK.set(Some((place, Box::new(hook))));
+    }
+
+    pub fn reach(place: &str) {
+        let hook = HOOK.with_borrow_mut(|hook| hook.take_if(|(wanted, _)| *wanted == place));
+        if let Some((_, hook)) = hook {
+            hook();
+        }
+    }
+}
 
 pub const BLOCK: u64 = 4096;
 
