@@ -166,7 +166,7 @@ impl Worker for DeletionWorker {
         let (deletion, scan_from) = {
             let mut queue = vfs.deletions.queue.lock();
             let deletion = queue.waiting.pop_front();
-            queue.is_working = true;
+            queue.is_working = deletion.is_some() || queue.scan_from.is_some();
             (deletion, queue.scan_from)
         };
         let outcome = match (deletion, scan_from) {
@@ -186,7 +186,8 @@ impl Worker for DeletionWorker {
         }
         let is_done = queue.waiting.is_empty() && queue.scan_from.is_none();
         drop(queue);
-        if is_done {
+        // Not after a step that found nothing: the event is this worker's own, and it would wake itself for ever.
+        if is_done && progress == Progress::Worked {
             vfs.deletions.event.notify();
         }
         Ok(progress)
