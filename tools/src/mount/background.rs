@@ -44,6 +44,8 @@ pub(super) fn start_daemon() -> anyhow::Result<()> {
 pub(super) fn run_daemon(serve: impl FnOnce(fn(()) -> anyhow::Result<()>) -> anyhow::Result<()>) -> ExitCode {
     // A session of its own: no signal of the terminal's, no hang-up.
     let _ = rustix::process::setsid();
+    // It was started as /proc/self/exe, whose last component would be its name in messages and in ps.
+    let _ = rustix::thread::set_name(c"mount-coppice");
     match serve(report_usable) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
