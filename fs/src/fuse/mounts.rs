@@ -321,13 +321,14 @@ pub fn is_dead(error: &std::io::Error) -> bool {
     error.raw_os_error() == Some(Errno::NOTCONN.raw_os_error())
 }
 
-/// The mount of our type at `directory` whose daemon is gone, if that is what stands there.
+/// The mount of our type at `directory` whose daemon is gone, if that is what stands there. It is asked by statfs(2), which the kernel
+/// never answers itself, as it does a stat.
 ///
 /// # Errors
 /// If /proc cannot be read.
 pub fn find_dead(directory: &Path) -> Result<Option<MountEntry>> {
-    match std::fs::metadata(directory) {
-        Err(error) if is_dead(&error) => {
+    match rustix::fs::statfs(directory) {
+        Err(Errno::NOTCONN) => {
             Ok(find(directory)?.filter(|entry| entry.file_system_type == OsStr::new(FILE_SYSTEM_TYPE)))
         }
         _ => Ok(None),

@@ -73,7 +73,10 @@ fn log_panics() {
     std::panic::set_hook(Box::new(move |panic| {
         let place = panic.location().map(ToString::to_string).unwrap_or_default();
         let backtrace = std::backtrace::Backtrace::force_capture();
-        let message = panic.payload_as_str().unwrap_or("no message");
+        let payload = panic.payload();
+        let text =
+            payload.downcast_ref::<&str>().copied().or_else(|| payload.downcast_ref::<String>().map(String::as_str));
+        let message = text.unwrap_or("no message");
         tracing::error!(place, %backtrace, "panic: {message}");
         if ON_TERMINAL.load(Ordering::Relaxed) {
             previous(panic);

@@ -8,6 +8,7 @@
 //!    refused in one line.
 //! 4. `serve`: open, mount, serve, and close after the last request; SIGTERM and SIGINT unmount.
 //! 5. `logging`: where messages go.
+//! 6. `unmount`: the helper that umount(8) runs, which waits until the daemon has let the image go.
 //!
 //! Exit codes are mount(8)'s: 0 mounted (with `-f`: mounted and cleanly unmounted), 1 wrong usage, 32 the mount failed.
 
@@ -16,6 +17,7 @@ mod command;
 mod logging;
 mod serve;
 mod target;
+mod unmount;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -26,6 +28,7 @@ use coppicefs::options::MountOptions;
 
 pub use command::MountCommand;
 pub use target::Target;
+pub use unmount::unmount_main;
 
 /// What is mounted: an open filesystem.
 pub trait Mountable: Send + Sync + 'static {
