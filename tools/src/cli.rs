@@ -72,6 +72,7 @@ pub fn run_by_name() -> ExitCode {
         "mkfs.coppice" | "mkfs-coppice" => by("mkfs"),
         "fsck.coppice" | "fsck-coppice" => by("fsck"),
         "mount.coppice" | "mount-coppice" | "mount.fuse.coppice" => mount::main_with(image::open),
+        "umount.coppice" | "umount.fuse.coppice" => mount::unmount_main(),
         _ => run(Cli::parse()),
     }
 }

@@ -614,8 +614,6 @@ fn daemon_cache(facts: &mut Facts, mount: &Mount) -> Result<()> {
     let observed =
         format!("{} READs of {} to {} bytes", sizes.len(), shown_min(&sizes), sizes.iter().max().unwrap_or(&0));
     facts.add("cache=daemon", "sendfile(2) works through the pipe, in READs of the pipe's size", all, observed);
-    let (_, seen) = mount.watch(|| file.set_len(0).and_then(|()| file.read_at(&mut buffer, 0)));
-    facts.add("cache=daemon", "a read at the end of the file still asks us", count(&seen, "read") <= 1, trace(&seen));
     Ok(())
 }
 

@@ -344,3 +344,21 @@ fn an_ordinary_user_mounts_through_fusermount() {
     }
     assert!(place.mounts().is_empty());
 }
+
+/// By a relative path nobody can say which image it is; by an absolute one the helper waits until the daemon has let it go.
+#[test]
+fn the_unmount_helper_unmounts_and_refuses_what_is_not_ours() {
+    let Some(place) = Place::new() else { return };
+    let helper = place.path("umount.fuse.coppice");
+    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_coppice"), &helper).unwrap();
+    let run = |arguments: &[&str]| {
+        Command::new(&helper).args(arguments).current_dir(place.directory.path()).stdin(Stdio::null()).output().unwrap()
+    };
+    assert_refused(&run(&["mnt"]), 32, &["not a coppice mount"]);
+    place.mount_with_log(&[]);
+    let file = File::create(place.path("mnt/file")).unwrap();
+    assert_refused(&run(&["mnt", "-n"]), 32, &["busy"]);
+    drop(file);
+    wait_until("it is unmounted", || run(&["mnt", "-t", "fuse.coppice"]).status.success());
+    assert!(place.mounts().is_empty());
+}

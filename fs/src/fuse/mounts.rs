@@ -4,7 +4,7 @@
 //! `Session::from_fd`. As a user fusermount3 makes it and hands the descriptor over a socket. Neither uses fuser's own mount
 //! code, whose check before it unmounts is inverted: it would take away a mount that someone else has made there since.
 
-use std::ffi::{CString, OsStr, OsString};
+use std::ffi::{CString, OsString};
 use std::io::Read;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -315,24 +315,10 @@ pub fn unmount(directory: &Path, lazily: bool, by_fusermount: bool) -> Result<()
     Err(Error::Unusable(said.trim().lines().collect::<Vec<_>>().join("; ")))
 }
 
-/// Whether `error` says that a mount's daemon is gone.
+/// Whether `error` says that a mount's daemon is gone, or went while it was asked.
 #[must_use]
 pub fn is_dead(error: &std::io::Error) -> bool {
-    error.raw_os_error() == Some(Errno::NOTCONN.raw_os_error())
-}
-
-/// The mount of our type at `directory` whose daemon is gone, if that is what stands there. It is asked by statfs(2), which the kernel
-/// never answers itself, as it does a stat.
-///
-/// # Errors
-/// If /proc cannot be read.
-pub fn find_dead(directory: &Path) -> Result<Option<MountEntry>> {
-    match rustix::fs::statfs(directory) {
-        Err(Errno::NOTCONN) => {
-            Ok(find(directory)?.filter(|entry| entry.file_system_type == OsStr::new(FILE_SYSTEM_TYPE)))
-        }
-        _ => Ok(None),
-    }
+    matches!(Errno::from_io_error(error), Some(Errno::NOTCONN | Errno::CONNABORTED))
 }
 
 #[cfg(test)]

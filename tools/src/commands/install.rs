@@ -27,9 +27,11 @@ const NAMES: &[&str] = &[
     "fsck.coppice",
     "mount.coppice",
     "mount.fuse.coppice",
+    "umount.fuse.coppice",
 ];
 /// Names that mount(8), umount(8), mkfs(8) and fsck(8) look for.
-const HELPERS: &[&str] = &["mkfs.coppice", "fsck.coppice", "mount.coppice", "mount.fuse.coppice"];
+const HELPERS: &[&str] =
+    &["mkfs.coppice", "fsck.coppice", "mount.coppice", "mount.fuse.coppice", "umount.fuse.coppice"];
 
 /// Runs it.
 ///

@@ -1,13 +1,13 @@
 //! The image and the mountpoint: found, checked, and what cannot work refused in one line that says how to go on.
 
 use std::ffi::OsString;
-use std::fs::Metadata;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use coppicefs::device::is_same_image;
 use coppicefs::fuse::FILE_SYSTEM_TYPE;
 use coppicefs::fuse::mounts::{self, MountEntry};
 
@@ -23,26 +23,6 @@ pub struct Target {
     pub image: PathBuf,
     /// The mountpoint, absolute and without links.
     pub directory: PathBuf,
-}
-
-/// What makes two paths the same image: the file, also behind a loop device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Identity {
-    File { device: u64, inode: u64 },
-    Device(u64),
-}
-
-fn identity(path: &Path) -> Option<Identity> {
-    let file = |metadata: &Metadata| Identity::File { device: metadata.dev(), inode: metadata.ino() };
-    let metadata = std::fs::metadata(path).ok()?;
-    if !metadata.file_type().is_block_device() {
-        return Some(file(&metadata));
-    }
-    let number = metadata.rdev();
-    let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
-    let backing = std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/loop/backing_file"));
-    let backing = backing.ok().and_then(|path| std::fs::metadata(path.trim_end_matches('\n')).ok());
-    Some(backing.map_or(Identity::Device(number), |metadata| file(&metadata)))
 }
 
 /// Asks the daemon that serves a directory, if one does: statfs is never answered from the kernel's caches, as stat may be.
@@ -61,8 +41,8 @@ fn is_dead(directory: &Path) -> bool {
     answered.recv_timeout(ANSWER_TIMEOUT).unwrap_or(false)
 }
 
-fn is_mount_of(entry: &MountEntry, image: Option<Identity>) -> bool {
-    entry.file_system_type == FILE_SYSTEM_TYPE && image.is_some() && identity(Path::new(&entry.source)) == image
+fn is_mount_of(entry: &MountEntry, image: &Path) -> bool {
+    entry.file_system_type == FILE_SYSTEM_TYPE && is_same_image(Path::new(&entry.source), image)
 }
 
 impl Target {
@@ -85,7 +65,7 @@ impl Target {
             bail!("{} is neither a file nor a block device: give an image", spec.display());
         }
         let image = std::fs::canonicalize(spec).with_context(|| format!("cannot resolve {}", spec.display()))?;
-        let directory = mountpoint(directory, identity(&image))?;
+        let directory = mountpoint(directory, &image)?;
         let target = Self { source: spec.into(), image, directory };
         if let Some(place) = target.served_at(false)? {
             bail!("{} is in use, mounted at {}: unmount it there first", spec.display(), place.display());
@@ -99,10 +79,9 @@ impl Target {
     /// # Errors
     /// If /proc cannot be read.
     pub fn served_at(&self, also_relative: bool) -> coppicefs::Result<Option<PathBuf>> {
-        let image = identity(&self.image);
         let found = mounts::list()?.into_iter().find(|entry| {
             (also_relative || Path::new(&entry.source).is_absolute())
-                && is_mount_of(entry, image)
+                && is_mount_of(entry, &self.image)
                 && !is_dead(&entry.directory)
         });
         Ok(found.map(|entry| entry.directory))
@@ -110,7 +89,7 @@ impl Target {
 }
 
 /// The mountpoint, absolute and without links; a dead mount of `image` is taken off it.
-fn mountpoint(directory: &Path, image: Option<Identity>) -> anyhow::Result<PathBuf> {
+fn mountpoint(directory: &Path, image: &Path) -> anyhow::Result<PathBuf> {
     let metadata = match ask(directory).and_then(|()| std::fs::metadata(directory)) {
         Err(error) if mounts::is_dead(&error) => {
             let path = resolve_last(directory)?;
@@ -140,7 +119,7 @@ fn mountpoint(directory: &Path, image: Option<Identity>) -> anyhow::Result<PathB
 }
 
 /// As canonicalize, without looking at the last component.
-fn resolve_last(path: &Path) -> anyhow::Result<PathBuf> {
+pub(super) fn resolve_last(path: &Path) -> anyhow::Result<PathBuf> {
     let path = std::path::absolute(path).with_context(|| format!("cannot resolve {}", path.display()))?;
     match (path.parent(), path.file_name()) {
         (Some(parent), Some(name)) => Ok(std::fs::canonicalize(parent)
