@@ -40,7 +40,10 @@ pub fn stats(arguments: &StatsArguments) -> anyhow::Result<()> {
         return output::json(&map);
     }
     print(&counters);
-    while arguments.watch {
+    if !arguments.watch {
+        return Ok(());
+    }
+    loop {
         std::thread::sleep(Duration::from_secs(1));
         let now = client::statistics(&arguments.mount)?;
         let changed: Vec<_> = now.iter().filter(|counter| !counters.contains(counter)).cloned().collect();
@@ -48,7 +51,6 @@ pub fn stats(arguments: &StatsArguments) -> anyhow::Result<()> {
         print(&changed);
         counters = now;
     }
-    Ok(())
 }
 
 fn print(counters: &[(String, u64)]) {
