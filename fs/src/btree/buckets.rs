@@ -41,12 +41,7 @@ impl Forest {
         let dirty: Vec<Arc<Node>> = self.dirty.lock().nodes.values().cloned().collect();
         let mut full = 0;
         for node in &dirty {
-            let content = node.content.read();
-            let appends = content
-                .image
-                .as_ref()
-                .is_some_and(|image| !content.rewrite && self.append_fits(image, content.recent_bytes));
-            full += usize::from(!appends);
+            full += usize::from(node.content.read().needs_slot());
         }
         (full + full / 8 + 8) * self.limits.copies
     }

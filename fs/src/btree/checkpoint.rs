@@ -96,7 +96,7 @@ impl Forest {
     /// [`Error::Latched`] if checkpoints have failed; [`Error::NoSpace`] if they find no space.
     pub fn wait_for_dirty_room(&self) -> Result<()> {
         self.check_failure()?;
-        if self.dirty_bytes() <= self.dirty_bytes_max {
+        if self.dirty_permille() <= 1000 {
             return Ok(());
         }
         // In simulation the running checkpoint is below us on the stack: waiting for it would be for ever.
@@ -107,13 +107,13 @@ impl Forest {
         let seen = self.checkpoints_done.load(Ordering::Relaxed);
         self.request_checkpoint();
         self.env.wait(&self.checkpoint_event, || {
-            let room = self.dirty_bytes() <= self.dirty_bytes_max;
+            let room = self.dirty_permille() <= 1000;
             (room || self.checkpoints_done.load(Ordering::Relaxed) != seen || self.failure.lock().is_some())
                 .then_some(())
         })?;
         self.check_failure()?;
         // A checkpoint ended and this much is dirty still: it found no space. Memory must stay bounded.
-        if self.dirty_bytes() > self.dirty_bytes_max.saturating_mul(2) {
+        if self.dirty_permille() > 2000 {
             return Err(Error::NoSpace("B-tree nodes cannot be written"));
         }
         Ok(())

@@ -14,8 +14,8 @@ use crate::sync::Arc;
 use crate::sync::atomic::Ordering;
 use crate::units::JournalSequence;
 
-/// Overtaken this often in one descent is a bug, not contention.
-const RETRIES_MAX: u32 = 100_000;
+/// Overtaken this often in one descent is damage or a bug, not contention.
+const RETRIES_MAX: u32 = 10_000;
 
 /// A node and its parent as a descent has seen them; both may have changed since.
 pub(super) struct Found {
@@ -73,7 +73,8 @@ impl Forest {
                 parent = Some(std::mem::replace(&mut node, child));
             }
         }
-        Err(Error::Bug(format!("the {} tree has no leaf for {position}", btree.name())))
+        // Damage can look like it: two parents that name one node.
+        Err(Error::corrupt(format!("{} tree", btree.name()), format!("no way leads to {position}")))
     }
 
     /// The leaf whose range holds `position`.
@@ -130,8 +131,8 @@ impl Forest {
         }
         let bytes = node.content.read().memory_bytes();
         let present = self.cache.insert(Arc::clone(&node), bytes);
-        if Arc::ptr_eq(&present, &node) && node.content.read().dirty {
-            self.list_dirty(&node);
+        if Arc::ptr_eq(&present, &node) {
+            self.list_if_dirty(&node);
         }
         Ok(Some(present))
     }
@@ -148,7 +149,10 @@ impl Forest {
             content.rewrite = true;
             let _ = content.touch(JournalSequence(0));
         }
-        Ok(Node::new(pointer.node, expected.btree, content))
+        let node = Node::new(pointer.node, expected.btree, content);
+        // A scan passes once: only a second use makes it worth keeping.
+        node.referenced.store(false, Ordering::Relaxed);
+        Ok(node)
     }
 
     /// Evicts down to the budget, looking at no more than `steps_max` nodes: most may be dirty, and cannot go.

@@ -237,6 +237,7 @@ impl Forest {
             self.note_small(node, content);
         }
         self.cache.charge(node, effect.memory_delta);
+        self.charge_slot(content);
         if effect.became_dirty {
             self.list_dirty(node);
         }

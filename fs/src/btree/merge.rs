@@ -100,6 +100,7 @@ impl Forest {
         let oldest = [&first, &second].into_iter().filter(|half| half.dirty).map(|half| half.oldest).min();
         content.oldest = oldest.unwrap_or(content.newest);
         content.dirty = true;
+        self.charge_slot(&mut content);
         content.recount();
         let sequence = content.newest;
         let bytes = content.memory_bytes();

@@ -72,7 +72,8 @@ pub struct ForestConfig {
     pub devices: Vec<Arc<dyn BlockDevice>>,
     /// Budget in bytes for nodes in memory. May be changed while the filesystem runs.
     pub cache_bytes: Arc<AtomicU64>,
-    /// Most bytes of slots that dirty nodes may take (each dirty node counts as a whole one): commits beyond wait for a checkpoint.
+    /// Most bytes of new slots that dirty nodes may need: commits beyond wait for a checkpoint. Dirty nodes whose changes fit behind
+    /// their image need none; all together they may take half of `cache_bytes`, or this if it is more.
     pub dirty_bytes_max: u64,
     /// This life's mount epoch, above every one before: node ids are made from it.
     pub epoch: u64,
@@ -151,6 +152,8 @@ pub struct Forest {
     roots: Vec<RwLock<Arc<Node>>>,
     dirty: Mutex<DirtyNodes>,
     dirty_count: AtomicU64,
+    /// Dirty nodes whose next image needs a new slot.
+    dirty_slots: AtomicU64,
     /// Nodes that are being read.
     loading: Mutex<BTreeSet<NodeId>>,
     loaded: Event,
@@ -207,6 +210,7 @@ impl Forest {
             roots: Vec::new(),
             dirty: Mutex::default(),
             dirty_count: AtomicU64::new(0),
+            dirty_slots: AtomicU64::new(0),
             loading: Mutex::default(),
             loaded: Event::new(),
             structure: RwLock::new(()),
@@ -241,13 +245,8 @@ impl Forest {
         let pointer = NodePointer::decode(&root.pointer)?;
         let expected = Expected { btree, level: root.level, minimum: Position::MIN, limit: None };
         let node = self.read_node(&pointer, &expected)?;
-        let (bytes, dirty) = {
-            let content = node.content.read();
-            (content.memory_bytes(), content.dirty)
-        };
-        if dirty {
-            self.list_dirty(&node);
-        }
+        self.list_if_dirty(&node);
+        let bytes = node.content.read().memory_bytes();
         Ok(self.cache.insert(node, bytes))
     }
 
@@ -257,13 +256,40 @@ impl Forest {
         if added {
             self.dirty_count.fetch_add(1, Ordering::Relaxed);
             // Early enough that commits can go on while it is made.
-            if self.dirty_bytes() > self.dirty_bytes_max / 4 * 3 {
+            if self.dirty_permille() > 750 {
                 self.request_checkpoint();
             }
         }
     }
 
-    /// Bytes of slots that the dirty nodes may take.
+    /// Lists a node that was dirty when it was read: a copy of it is bad.
+    fn list_if_dirty(&self, node: &Arc<Node>) {
+        let mut content = node.content.write();
+        if content.dirty {
+            self.charge_slot(&mut content);
+            self.list_dirty(node);
+        }
+    }
+
+    /// Counts a dirty node among those that need a new slot, when it begins to.
+    fn charge_slot(&self, content: &mut Content) {
+        if content.dirty && !content.charged_slot && content.needs_slot() {
+            content.charged_slot = true;
+            self.dirty_slots.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// How much of what dirty nodes may take they take, in space or in memory: 1000 is the cap.
+    fn dirty_permille(&self) -> u64 {
+        let node_bytes = self.limits.node_bytes as u64;
+        let memory_max = (self.cache_bytes.load(Ordering::Relaxed) / 2).max(self.dirty_bytes_max);
+        let share = |count: &AtomicU64, most: u64| {
+            (count.load(Ordering::Relaxed) * node_bytes).saturating_mul(1000) / most.max(node_bytes)
+        };
+        share(&self.dirty_slots, self.dirty_bytes_max).max(share(&self.dirty_count, memory_max))
+    }
+
+    /// Bytes of the dirty nodes, each counted as a whole slot.
     #[must_use]
     pub fn dirty_bytes(&self) -> u64 {
         self.dirty_count.load(Ordering::Relaxed) * self.limits.node_bytes as u64

@@ -15,6 +15,7 @@
 
 use smallvec::SmallVec;
 
+use super::image::append_offset;
 use super::run::{CHANGE_OVERHEAD_BYTES, Changes, Merged, Run, ValueRef};
 use crate::format::key::PackedKeyHeader;
 use crate::format::node::{BsetHeader, HEADER_BYTES, NodePointer};
@@ -45,6 +46,12 @@ impl Limits {
         let capacity_bytes = node_bytes.saturating_sub(HEADER_BYTES + BsetHeader::BYTES);
         let copies = usize::from(geometry.metadata_replicas).clamp(1, NodePointer::COPIES_MAX);
         Self { node_bytes, capacity_bytes, soft_bytes: capacity_bytes / 4 * 3, pointer_bytes: 19 + 9 * copies, copies }
+    }
+
+    /// Whether a bset of so many bytes of keys fits behind an image.
+    pub fn append_fits(self, image: &NodePointer, payload_bytes: usize) -> bool {
+        let end = append_offset(image.written_bytes as usize) + BsetHeader::BYTES + payload_bytes;
+        end <= self.node_bytes && image.bset_count < u16::MAX
     }
 
     /// Bytes that a value is counted with in a node of this level.
@@ -92,6 +99,8 @@ pub(super) struct Content {
     pub rewrite: bool,
     /// In the list of dirty nodes.
     pub dirty: bool,
+    /// Counted among the dirty nodes that need a new slot.
+    pub charged_slot: bool,
     /// In the list of small nodes.
     pub merge_noted: bool,
     /// Oldest sequence of `recent`; meaningful while dirty.
@@ -143,6 +152,7 @@ impl Content {
             image: None,
             rewrite: false,
             dirty: false,
+            charged_slot: false,
             merge_noted: false,
             oldest: JournalSequence(0),
             newest: JournalSequence(0),
@@ -277,6 +287,14 @@ impl Content {
         self.oldest = sequence;
         self.dirty = true;
         true
+    }
+
+    /// Whether the next image cannot be a bset behind the present one.
+    pub fn needs_slot(&self) -> bool {
+        match &self.image {
+            Some(image) if !self.rewrite => !self.limits.append_fits(image, self.recent_bytes),
+            _ => true,
+        }
     }
 
     /// Counts again what the content takes, after its layers were rearranged.

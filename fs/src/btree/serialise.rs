@@ -13,7 +13,7 @@ use super::{Forest, LEVEL_MAX};
 use crate::device::WriteRequest;
 use crate::error::{Error, Result};
 use crate::format::checkpoint::Root;
-use crate::format::node::{BsetHeader, HEADER_BYTES, NodeAddress, NodeHeader, NodePointer};
+use crate::format::node::{HEADER_BYTES, NodeAddress, NodeHeader, NodePointer};
 use crate::format::{BtreeId, Position};
 use crate::sync::Arc;
 use crate::sync::atomic::Ordering;
@@ -216,10 +216,9 @@ impl<'a> Attempt<'a> {
         if node.level > 0 {
             self.note_reachability(&frozen)?;
         }
-        let append = frozen
-            .image
-            .as_ref()
-            .filter(|image| !frozen.rewrite && self.forest.append_fits(image, packed_changes_bytes(&frozen.recent)));
+        let append = frozen.image.as_ref().filter(|image| {
+            !frozen.rewrite && self.forest.limits.append_fits(image, packed_changes_bytes(&frozen.recent))
+        });
         let (pointer, base) = match append {
             Some(image) => (self.append(node, &frozen, image), None),
             None => {
@@ -337,11 +336,6 @@ impl<'a> Attempt<'a> {
 }
 
 impl Forest {
-    pub(super) fn append_fits(&self, image: &NodePointer, payload_bytes: usize) -> bool {
-        let end = append_offset(image.written_bytes as usize) + BsetHeader::BYTES + payload_bytes;
-        end <= self.limits.node_bytes && image.bset_count < u16::MAX
-    }
-
     fn dirty_nodes(&self, level: u8) -> Vec<Arc<Node>> {
         let first = (level, BtreeId::Extents, NodeId(0));
         let dirty = self.dirty.lock();
@@ -353,6 +347,9 @@ impl Forest {
         content.dirty = false;
         if self.dirty.lock().nodes.remove(&(node.level, node.btree, node.id)).is_some() {
             self.dirty_count.fetch_sub(1, Ordering::Relaxed);
+        }
+        if std::mem::take(&mut content.charged_slot) {
+            self.dirty_slots.fetch_sub(1, Ordering::Relaxed);
         }
     }
 

@@ -126,6 +126,7 @@ impl Forest {
         above.put(content.minimum, Some(left), sequence);
         above.put(at, Some(pointer_without_image(half.id)), sequence);
         above.unimaged.insert(at, half);
+        self.charge_slot(&mut above);
         let bytes = above.memory_bytes();
         let root = Node::new(self.new_node_id(), node.btree, above);
         self.list_dirty(&root);
@@ -137,6 +138,7 @@ impl Forest {
     fn split_content(&self, node: &Arc<Node>, content: &mut Content, at: Position) -> Arc<Node> {
         let mut half = content.split_off(at);
         half.dirty = true;
+        self.charge_slot(&mut half);
         let bytes = half.memory_bytes();
         let half = self.cache.insert(Node::new(self.new_node_id(), node.btree, half), bytes);
         self.list_dirty(&half);

@@ -11,7 +11,7 @@ fn commits_beyond_the_dirty_cap_wait_for_the_worker() {
     let config = ForestConfig {
         superblock: Arc::clone(&superblock),
         devices: vec![Arc::clone(&device)],
-        cache_bytes: Arc::new(AtomicU64::new(1 << 20)),
+        cache_bytes: Arc::new(AtomicU64::new(64 << 10)),
         dirty_bytes_max: 20 * 8192,
         epoch: 1,
     };
