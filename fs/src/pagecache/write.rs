@@ -12,6 +12,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use smallvec::SmallVec;
+
 use super::add_lock::BlockGuard;
 use super::cache::DirtyQuota;
 use super::folio::{Folio, LockedFolio, Origin};
@@ -21,7 +23,7 @@ use super::source::PageSource;
 use super::space::AddressSpace;
 use super::writeback::mark_dirty;
 use crate::error::{Error, Result};
-use crate::memory::{FolioBytes, MemoryReservation};
+use crate::memory::{ByteReference, FolioBytes, MemoryReservation};
 
 /// What a write needs to know besides its bytes.
 #[derive(Clone, Copy)]
@@ -192,22 +194,39 @@ fn write_step(
         Some(_) => cache.overdraw_dirty(blocks.end - blocks.start),
     };
     let mut retry = Retry::default();
+    let mut at = range.start;
     loop {
+        // Pinned until their folio is locked: else getting memory for the rest could evict them, for ever where memory is short.
+        let mut pins = Pins::new();
         for edge in [blocks.start, blocks.end - 1] {
             if is_partial(space, edge, &range) {
-                make_uptodate(context, blocking, edge, &mut retry)?;
+                pins.extend(make_uptodate(context, blocking, edge, &mut retry)?.map(|pin| (edge, pin)));
             }
         }
         let mut memory = cache.reserve_memory((blocks.end - blocks.start) << space.block_shift())?;
-        match write_pass(context, blocking.is_some(), &range, content, &mut memory, &mut quota, newly)? {
+        let pass = write_pass(
+            context,
+            blocking.is_some(),
+            &range,
+            &mut at,
+            content,
+            &mut pins,
+            &mut memory,
+            &mut quota,
+            newly,
+        )?;
+        drop((pins, memory));
+        match pass {
             Pass::Done => return Ok(()),
             Pass::Needs(block) => {
-                drop(memory);
                 make_uptodate(context, blocking, block, &mut retry)?;
             }
         }
     }
 }
+
+/// Blocks that must not be evicted, and what keeps them: a reference to their bytes.
+type Pins = SmallVec<[(u64, ByteReference); 2]>;
 
 /// Whether `range` covers only a part of `block`.
 fn is_partial(space: &AddressSpace, block: u64, range: &Range<u64>) -> bool {
@@ -220,21 +239,23 @@ fn needs_rest(context: &WriteContext<'_>, block: u64, range: &Range<u64>) -> boo
     is_partial(context.space, block, range) && block << context.space.block_shift() < context.end_of_file
 }
 
-/// Reads `block` into the cache unless it is there, or lies behind the end of the file.
+/// Reads `block` into the cache unless it is there, and pins it; nothing if it lies behind the end of the file.
 fn make_uptodate(
     context: &WriteContext<'_>,
     blocking: Option<&BlockGuard<'_>>,
     block: u64,
     retry: &mut Retry,
-) -> Result<()> {
+) -> Result<Option<ByteReference>> {
     let space = context.space;
     if block << space.block_shift() >= context.end_of_file {
-        return Ok(());
+        return Ok(None);
     }
     loop {
         let map = space.map().load_full();
         match map.get(block) {
-            Some(folio) if folio.is_uptodate(block) => return Ok(()),
+            Some(folio) if folio.is_uptodate(block) => {
+                return Ok(Some(folio.reference(&space.bytes_of(&(block..block + 1)))));
+            }
             folio => resolve_miss(&read_context(context), blocking, block..block + 1, folio, retry)?,
         }
     }
@@ -244,15 +265,16 @@ fn write_pass(
     context: &WriteContext<'_>,
     is_blocking: bool,
     range: &Range<u64>,
+    at: &mut u64,
     content: Content<'_>,
+    pins: &mut Pins,
     memory: &mut MemoryReservation,
     quota: &mut DirtyQuota<'_>,
     newly: &mut u64,
 ) -> Result<Pass> {
     let space = context.space;
-    let mut at = range.start;
-    while at < range.end {
-        let index = at >> space.block_shift();
+    while *at < range.end {
+        let index = *at >> space.block_shift();
         let found = space.map().load().get(index).cloned();
         let locked = if let Some(folio) = found {
             let locked = folio.lock(space.cache().env(), space)?;
@@ -269,7 +291,7 @@ fn write_pass(
                 return Ok(Pass::Needs(index));
             }
             // A last block that needs its rest is not part of the gap.
-            let blocks = space.blocks_of(&(at..range.end));
+            let blocks = space.blocks_of(&(*at..range.end));
             let last = blocks.end - 1;
             let gap = index..if last > index && needs_rest(context, last, range) { last } else { blocks.end };
             match insert::insert_for_write(space, gap, memory)? {
@@ -280,12 +302,14 @@ fn write_pass(
                 None => continue,
             }
         };
-        let piece = at..range.end.min(space.bytes_of(&(0..locked.folio().end())).end);
+        // Locked, nobody evicts it. A pin of ours would only keep it from being changed in place.
+        pins.retain(|(block, _)| !locked.folio().covers(*block));
+        let piece = *at..range.end.min(space.bytes_of(&(0..locked.folio().end())).end);
         if let Some(block) = missing_rest(context, locked.folio(), &piece, range) {
             drop(locked);
             return Ok(Pass::Needs(block));
         }
-        at = piece.end;
+        *at = piece.end;
         *newly += modify(context, locked, &piece, content, memory, quota)?;
     }
     Ok(Pass::Done)

@@ -174,8 +174,13 @@ fn run(seed: u64, budget_bytes: u64, widen_blocks: u64, operations: Vec<Operatio
     same(&file.read(0, u64::MAX >> 1).unwrap(), &model, "the device");
 }
 
+/// A slice in CI; `PROPTEST_CASES=20000 cargo test -p coppicefs --lib pagecache::tests::model` for long.
+fn cases() -> u32 {
+    std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(150)
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 150, max_shrink_iters: 3000, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: cases(), max_shrink_iters: 3000, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn a_file_is_a_vector_of_bytes(seed: u64, operations in operations(600 * 1024)) {

@@ -199,3 +199,75 @@ fn interleaved_readers_of_one_file_do_not_disturb_each_other() {
     let batches = file.store.batches.lock().len();
     assert!(batches <= 128 / 4 + 40, "{batches} batches");
 }
+
+#[test]
+fn many_threads_on_a_small_cache_stay_in_its_budget_and_end() {
+    let budget = 8 << 20;
+    let env = Env::real();
+    let metrics = Arc::new(Metrics::default());
+    let options = CacheOptions { spawn: Some(spawn_threads(2).unwrap()), ..CacheOptions::new(budget) };
+    let cache = Cache::new(env, Arc::clone(&metrics), options).unwrap();
+    let files: Vec<Arc<File>> = (0..3).map(|number| File::new(&cache, number, 0)).collect();
+    for (number, file) in (0..).zip(&files) {
+        for block in 0..4096 {
+            file.store.blocks.lock().insert(block, pattern(number, block));
+        }
+        file.size.store(4096 * BLOCK, Ordering::SeqCst);
+    }
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    let flush = |file: &File| {
+        for run in collect_dirty(&file.space, 0..u64::MAX, 1 << 20) {
+            file.store_run(run, false);
+        }
+    };
+    std::thread::scope(|scope| {
+        let (stop, files, flush, cache) = (&stop, &files, &flush, &cache);
+        let flusher = scope.spawn(move || {
+            while !stop.load(Ordering::Relaxed) {
+                let seen = cache.writeback_wanted().generation();
+                files.iter().for_each(|file| flush(file));
+                if cache.dirty_bytes() == 0 && !stop.load(Ordering::Relaxed) {
+                    cache.writeback_wanted().wait_past(seen, Some(std::time::Duration::from_millis(5)));
+                }
+            }
+        });
+        let workers: Vec<_> = (1..=6_u64)
+            .map(|number| {
+                scope.spawn(move || {
+                    let mut state = number.wrapping_mul(0x9E37_79B9_7F4A_7C15);
+                    for _ in 0..300 {
+                        state ^= state << 13;
+                        state ^= state >> 7;
+                        state ^= state << 17;
+                        let which = state % 3;
+                        let file = &files[usize::try_from(which).unwrap()];
+                        let block = (state >> 20) % 4000;
+                        let count = 1 + (state >> 40) % 64;
+                        if number % 3 == 0 {
+                            let data: Vec<u8> =
+                                (block..block + count).flat_map(|block| pattern(which, block)).collect();
+                            file.write(block * BLOCK, &data).unwrap();
+                        } else {
+                            let pages = file.collect(block * BLOCK, count * BLOCK).unwrap();
+                            let expected: Vec<u8> =
+                                (block..block + count).flat_map(|block| pattern(which, block)).collect();
+                            same(&pages.to_vec(), &expected, "a thread's read");
+                        }
+                    }
+                })
+            })
+            .collect();
+        for worker in workers {
+            worker.join().unwrap();
+        }
+        stop.store(true, Ordering::Relaxed);
+        flusher.join().unwrap();
+    });
+    cache.quiesce().unwrap();
+    files.iter().for_each(|file| flush(file));
+    let peak = cache.peak_bytes();
+    assert!(peak <= budget + budget / 20, "{peak} of {budget}");
+    assert_eq!(cache.dirty_bytes() + cache.writeback_bytes(), 0);
+    cache.evict_all_clean();
+    assert_eq!(cache.used_bytes(), 0);
+}
