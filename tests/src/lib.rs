@@ -1,9 +1,11 @@
-//! What the end-to-end and crash tests of coppice share. Nothing here knows how the filesystem works: that is the point.
+//! What the end-to-end and crash tests of coppice share. Nothing here but
+//! [`filesystem_subject`] knows how the filesystem works: that is the point.
 //!
 //! - [`operation`]: one POSIX operation as data, and the bytes that writes put into files.
 //! - [`tree`]: what a filesystem holds, as a walk finds it.
 //! - [`model`]: a plain in-memory filesystem that knows what was synced, and what a crash may leave (the oracle).
 //! - [`crash`]: runs a workload on a simulated device, cuts the power everywhere, and asks the oracle.
+//! - [`filesystem_subject`]: coppice itself, in this process, for [`crash`].
 //! - [`workloads`]: the small workloads that are crashed everywhere, and random ones by seed.
 
 pub mod operation;
@@ -11,3 +13,4 @@ pub mod tree;
 pub mod model;
 pub mod crash;
 pub mod workloads;
+pub mod filesystem_subject;

@@ -1,0 +1,417 @@
+//! coppice itself as a [`Subject`] of the crash tests: the whole filesystem in this process, on a simulated device.
+//!
+//! Everything runs on the calling thread: [`Env::simulated`] steps the workers, at moments that the seed picks. Operations go through the
+//! [`Vfs`], as requests of the kernel would; what the kernel itself refuses (writing to a directory) is refused here.
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::sync::Arc;
+
+use coppicefs::device::{BlockDevice, SimDevice};
+use coppicefs::env::Env;
+use coppicefs::filesystem::format::test_geometry;
+use coppicefs::filesystem::{Filesystem, FormatOptions, OpenOptions, WorkerSet};
+use coppicefs::format::namespace::FileType;
+use coppicefs::options::AccessTimes;
+use coppicefs::space::TestSwitches;
+use coppicefs::vfs::{Attributes, Caller, Emitted, Lookup, ReadRequest, SetAttributes, Vfs, WriteRequest};
+use coppicefs::{Error, Result};
+use rustix::io::Errno;
+
+use crate::crash::{Mounted, Subject};
+use crate::operation::{Operation, content};
+use crate::tree::{Entry, Kind, Tree};
+
+const ROOT: u64 = 1;
+const CALLER: Caller = Caller { uid: 0, gid: 0, pid: 1, umask: 0 };
+const READ_WRITE: i32 = 2;
+const EXCHANGE: u32 = 2;
+const KEEP_SIZE_AND_PUNCH_HOLE: i32 = 3;
+/// Bytes of one write request, as the kernel cuts them.
+const WRITE_BYTES_MAX: usize = 128 << 10;
+
+/// How the filesystem under test is made and opened.
+#[derive(Clone, Debug)]
+pub struct Coppice {
+    /// Sizes.
+    pub format: FormatOptions,
+    /// Deliberate faults, in the run that is crashed; recovery and checks are always sound.
+    pub switches: TestSwitches,
+    /// Every `Settle` takes a checkpoint, not only some.
+    pub checkpoint_often: bool,
+}
+
+impl Default for Coppice {
+    fn default() -> Self {
+        let mut format = test_geometry();
+        // Small, so that the ring wraps and recovery reads little.
+        format.journal_bytes = 256 << 10;
+        Self { format, switches: TestSwitches::default(), checkpoint_often: false }
+    }
+}
+
+impl Coppice {
+    fn options(&self, env: &Arc<Env>) -> OpenOptions {
+        OpenOptions {
+            cache_bytes: 8 << 20,
+            access_times: AccessTimes::Never,
+            env: Some(Arc::clone(env)),
+            switches: self.switches,
+            writeback_age: std::time::Duration::from_millis(500),
+            ..OpenOptions::default()
+        }
+    }
+}
+
+impl Subject for Coppice {
+    fn format(&self, device: &Arc<SimDevice>) -> Result<()> {
+        let device: Arc<dyn BlockDevice> = Arc::clone(device) as _;
+        Filesystem::format(&device, &self.format, &Env::simulated(1)).map(|_| ())
+    }
+
+    fn mount(&self, device: &Arc<SimDevice>, seed: u64) -> Result<Box<dyn Mounted>> {
+        let env = Env::simulated(seed);
+        let filesystem = Filesystem::open(vec![Arc::clone(device) as _], &self.options(&env))?;
+        Ok(Box::new(MountedCoppice { filesystem, env, checkpoint_often: self.checkpoint_often }))
+    }
+
+    fn check(&self, device: &Arc<SimDevice>) -> Result<Vec<String>> {
+        let env = Env::simulated(1);
+        let options = OpenOptions { read_only: true, workers: WorkerSet::Essential, ..self.options(&env) };
+        let filesystem = Filesystem::open(vec![Arc::clone(device) as _], &options)?;
+        let report = coppicefs_fsck::check(&filesystem, &|_, _, _, _| {})?;
+        filesystem.close()?;
+        Ok(report.problems.iter().map(|problem| format!("{}: {}", problem.id(), problem.describe())).collect())
+    }
+}
+
+/// A mounted coppice. Dropped without `unmount`, it has crashed.
+struct MountedCoppice {
+    filesystem: Arc<Filesystem>,
+    env: Arc<Env>,
+    checkpoint_often: bool,
+}
+
+impl Drop for MountedCoppice {
+    fn drop(&mut self) {
+        // The workers hold the filesystem, and the scheduler holds them.
+        self.env.unregister_all();
+    }
+}
+
+/// A node with the lookup that was counted for it, which is given back at the end.
+struct Found<'a> {
+    vfs: &'a Vfs,
+    attributes: Attributes,
+    is_counted: bool,
+}
+
+impl Found<'_> {
+    fn node(&self) -> u64 {
+        self.attributes.node
+    }
+}
+
+impl Drop for Found<'_> {
+    fn drop(&mut self) {
+        if self.is_counted {
+            self.vfs.forget(self.attributes.node, 1);
+        }
+    }
+}
+
+/// An open file, closed at the end.
+struct Open<'a> {
+    vfs: &'a Vfs,
+    node: u64,
+    handle: u64,
+}
+
+impl Drop for Open<'_> {
+    fn drop(&mut self) {
+        // Fails only for a handle that does not exist.
+        let _ = self.vfs.release(self.node, self.handle);
+    }
+}
+
+fn split(path: &str) -> Result<(&str, &OsStr)> {
+    match path.rsplit_once('/') {
+        Some((_, "")) | None => Err(Errno::BUSY.into()),
+        Some(("", name)) => Ok(("/", OsStr::new(name))),
+        Some((folder, name)) => Ok((folder, OsStr::new(name))),
+    }
+}
+
+impl MountedCoppice {
+    fn vfs(&self) -> &Vfs {
+        self.filesystem.vfs()
+    }
+
+    fn find(&self, path: &str) -> Result<Found<'_>> {
+        let vfs = self.vfs();
+        let mut at = Found { vfs, attributes: vfs.get_attributes(&CALLER, ROOT, None)?, is_counted: false };
+        for name in path.split('/').filter(|name| !name.is_empty()) {
+            match vfs.lookup(&CALLER, at.node(), OsStr::new(name))? {
+                Lookup::Found(entry) => at = Found { vfs, attributes: entry.attributes, is_counted: true },
+                Lookup::Absent => return Err(Errno::NOENT.into()),
+            }
+        }
+        Ok(at)
+    }
+
+    fn folder<'a>(&self, path: &'a str) -> Result<(Found<'_>, &'a OsStr)> {
+        let (folder, name) = split(path)?;
+        let folder = self.find(folder)?;
+        match folder.attributes.file_type {
+            FileType::Directory => Ok((folder, name)),
+            _ => Err(Errno::NOTDIR.into()),
+        }
+    }
+
+    fn open<'a>(&'a self, found: &Found<'_>) -> Result<Open<'a>> {
+        match found.attributes.file_type {
+            FileType::Regular => {}
+            FileType::Directory => return Err(Errno::ISDIR.into()),
+            _ => return Err(Errno::LOOP.into()),
+        }
+        let opened = self.vfs().open(&CALLER, found.node(), READ_WRITE)?;
+        Ok(Open { vfs: self.vfs(), node: found.node(), handle: opened.handle })
+    }
+
+    fn forget(&self, node: u64) {
+        self.vfs().forget(node, 1);
+    }
+
+    fn write(&self, path: &str, offset: u64, data: &[u8]) -> Result<()> {
+        let found = self.find(path)?;
+        let open = self.open(&found)?;
+        let mut done = 0;
+        while let Some(rest) = data.get(done..).filter(|rest| !rest.is_empty()) {
+            let request = WriteRequest {
+                node: open.node,
+                handle: open.handle,
+                offset: offset + done as u64,
+                data: &rest[..rest.len().min(WRITE_BYTES_MAX)],
+                direct: false,
+                append: false,
+                synchronous: false,
+                from_page_cache: false,
+                clear_set_id: false,
+            };
+            done += self.vfs().write(&CALLER, &request)? as usize;
+        }
+        Ok(())
+    }
+
+    fn read(&self, found: &Found<'_>) -> Result<Vec<u8>> {
+        let open = self.open(found)?;
+        let mut bytes = Vec::new();
+        loop {
+            let request = ReadRequest {
+                node: open.node,
+                handle: open.handle,
+                offset: bytes.len() as u64,
+                length_bytes: WRITE_BYTES_MAX as u32,
+                direct: false,
+            };
+            let pages = self.vfs().read(&CALLER, &request)?;
+            let before = bytes.len();
+            pages.slices().for_each(|slice| bytes.extend_from_slice(slice));
+            if bytes.len() == before {
+                return Ok(bytes);
+            }
+        }
+    }
+
+    /// Background work: the clock goes on, workers step; sometimes a checkpoint.
+    fn settle(&self) -> Result<()> {
+        for _ in 0..24 {
+            if !self.env.step_random_worker()? {
+                self.env.advance_clock();
+            }
+        }
+        if self.checkpoint_often || self.env.random_u64().is_multiple_of(2) {
+            self.filesystem.checkpoint()?;
+        }
+        Ok(())
+    }
+
+    fn xattrs(&self, node: u64) -> Result<BTreeMap<String, String>> {
+        let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+        let names = self.vfs().list_xattrs(&CALLER, node)?;
+        let names = names.split(|&byte| byte == 0).filter(|name| !name.is_empty());
+        names
+            .map(|name| {
+                let name = text(name.to_vec());
+                let value = self.vfs().get_xattr(&CALLER, node, OsStr::new(&name))?;
+                Ok((name, text(value)))
+            })
+            .collect()
+    }
+
+    fn walk(&self, path: &str, tree: &mut Tree) -> Result<()> {
+        let found = self.find(path)?;
+        let kind = match found.attributes.file_type {
+            FileType::Regular => {
+                let bytes = self.read(&found)?;
+                if bytes.len() as u64 != found.attributes.size_bytes {
+                    let problem = format!("{} bytes are read, stat says {}", bytes.len(), found.attributes.size_bytes);
+                    return Err(Error::Bug(format!("{path}: {problem}")));
+                }
+                Kind::File(bytes)
+            }
+            FileType::Directory => Kind::Directory,
+            FileType::Symlink => {
+                Kind::SymbolicLink(String::from_utf8_lossy(&self.vfs().readlink(&CALLER, found.node())?).into_owned())
+            }
+            other => return Err(Error::Bug(format!("{path} is a {other:?}"))),
+        };
+        let is_directory = kind == Kind::Directory;
+        let entry = Entry {
+            inode: found.node(),
+            kind,
+            mode: found.attributes.permissions,
+            links: found.attributes.link_count,
+            xattrs: self.xattrs(found.node())?,
+        };
+        tree.insert(path.to_owned(), entry);
+        if !is_directory {
+            return Ok(());
+        }
+        let mut names = Vec::new();
+        let opened = self.vfs().opendir(&CALLER, found.node(), 0)?;
+        let listed = self.vfs().readdir(&CALLER, found.node(), opened.handle, 0, &mut |entry| {
+            names.push(entry.name.to_string_lossy().into_owned());
+            Emitted::Accepted
+        });
+        self.vfs().releasedir(found.node(), opened.handle)?;
+        listed?;
+        for name in names.iter().filter(|name| *name != "." && *name != "..") {
+            self.walk(&format!("{}/{name}", path.trim_end_matches('/')), tree)?;
+        }
+        Ok(())
+    }
+}
+
+impl Mounted for MountedCoppice {
+    fn perform(&mut self, operation: &Operation) -> Result<()> {
+        let vfs = self.vfs();
+        self.env.maybe_yield(4)?;
+        match operation {
+            Operation::Create { path, mode } => {
+                // The kernel opens what O_EXCL refuses to make; here the refusal is what is asked for.
+                let (folder, name) = self.folder_or_exists(path)?;
+                if let Lookup::Found(entry) = vfs.lookup(&CALLER, folder.node(), name)? {
+                    self.forget(entry.attributes.node);
+                    return Err(Errno::EXIST.into());
+                }
+                let (entry, opened) =
+                    vfs.create(&CALLER, folder.node(), name, 0o100_000 | u32::from(*mode), READ_WRITE)?;
+                vfs.release(entry.attributes.node, opened.handle)?;
+                self.forget(entry.attributes.node);
+            }
+            Operation::MakeDirectory { path, mode } => {
+                let (folder, name) = self.folder_or_exists(path)?;
+                let entry = vfs.mkdir(&CALLER, folder.node(), name, u32::from(*mode))?;
+                self.forget(entry.attributes.node);
+            }
+            Operation::SymbolicLink { path, target } => {
+                let (folder, name) = self.folder_or_exists(path)?;
+                let entry = vfs.symlink(&CALLER, folder.node(), name, target.as_bytes())?;
+                self.forget(entry.attributes.node);
+            }
+            Operation::Link { existing, path } => {
+                let found = self.find(existing)?;
+                let (folder, name) = self.folder(path)?;
+                if found.attributes.file_type == FileType::Directory {
+                    if let Lookup::Found(entry) = vfs.lookup(&CALLER, folder.node(), name)? {
+                        self.forget(entry.attributes.node);
+                        return Err(Errno::EXIST.into());
+                    }
+                    return Err(Errno::PERM.into());
+                }
+                let entry = vfs.link(&CALLER, found.node(), folder.node(), name)?;
+                self.forget(entry.attributes.node);
+            }
+            Operation::Unlink { path } => {
+                let (folder, name) = self.folder(path)?;
+                vfs.unlink(&CALLER, folder.node(), name)?;
+            }
+            Operation::RemoveDirectory { path } => {
+                let (folder, name) = self.folder(path)?;
+                vfs.rmdir(&CALLER, folder.node(), name)?;
+            }
+            Operation::Rename { from, to } | Operation::Exchange { one: from, other: to } => {
+                let (folder, name) = self.folder(from)?;
+                let (new_folder, new_name) = self.folder(to)?;
+                let flags = if matches!(operation, Operation::Exchange { .. }) { EXCHANGE } else { 0 };
+                vfs.rename(&CALLER, folder.node(), name, new_folder.node(), new_name, flags)?;
+            }
+            Operation::Write { path, offset, length, tag } => {
+                self.write(path, *offset, &content(*tag, *offset, *length))?;
+            }
+            Operation::Truncate { path, size } => {
+                let found = self.find(path)?;
+                let open = self.open(&found)?;
+                let changes =
+                    SetAttributes { size_bytes: Some(*size), handle: Some(open.handle), ..SetAttributes::default() };
+                vfs.set_attributes(&CALLER, found.node(), &changes)?;
+            }
+            Operation::Punch { path, offset, length } => {
+                let found = self.find(path)?;
+                let open = self.open(&found)?;
+                vfs.fallocate(&CALLER, found.node(), open.handle, *offset, *length, KEEP_SIZE_AND_PUNCH_HOLE)?;
+            }
+            Operation::ChangeMode { path, mode } => {
+                let found = self.find(path)?;
+                let changes = SetAttributes { mode: Some(u32::from(*mode)), ..SetAttributes::default() };
+                vfs.set_attributes(&CALLER, found.node(), &changes)?;
+            }
+            Operation::SetXattr { path, name, value } => {
+                let found = self.find(path)?;
+                vfs.set_xattr(&CALLER, found.node(), OsStr::new(name), value.as_bytes(), 0)?;
+            }
+            Operation::RemoveXattr { path, name } => {
+                let found = self.find(path)?;
+                vfs.remove_xattr(&CALLER, found.node(), OsStr::new(name))?;
+            }
+            Operation::Fsync { path } => {
+                let found = self.find(path)?;
+                match found.attributes.file_type {
+                    FileType::Regular => {
+                        let open = self.open(&found)?;
+                        vfs.fsync(&CALLER, found.node(), open.handle, false)?;
+                    }
+                    _ => vfs.fsync(&CALLER, found.node(), 0, false)?,
+                }
+            }
+            Operation::FsyncDirectory { path } => {
+                let found = self.find(path)?;
+                let opened = vfs.opendir(&CALLER, found.node(), 0)?;
+                let outcome = vfs.fsyncdir(&CALLER, found.node(), opened.handle, false);
+                vfs.releasedir(found.node(), opened.handle)?;
+                outcome?;
+            }
+            Operation::Sync => self.filesystem.sync()?,
+            Operation::Settle => self.settle()?,
+        }
+        Ok(())
+    }
+
+    fn tree(&mut self) -> Result<Tree> {
+        let mut tree = Tree::new();
+        self.walk("/", &mut tree)?;
+        Ok(tree)
+    }
+
+    fn unmount(self: Box<Self>) -> Result<()> {
+        self.filesystem.close()
+    }
+}
+
+impl MountedCoppice {
+    /// Folder and name of what is to be made. The root is there.
+    fn folder_or_exists<'a>(&self, path: &'a str) -> Result<(Found<'_>, &'a OsStr)> {
+        if path == "/" { Err(Errno::EXIST.into()) } else { self.folder(path) }
+    }
+}
