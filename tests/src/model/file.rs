@@ -111,17 +111,27 @@ impl Candidates {
         }
     }
 
+    /// Whole blocks of the hole belong to the prefix; its edges, parts of blocks, are data: zeroed or not yet, whatever survived.
     fn punch(&mut self, offset: usize, length: usize, survived: bool) {
-        let end = offset.saturating_add(length);
-        let zero = |start: usize, bytes: &mut [u8]| {
-            let from = offset.saturating_sub(start).min(bytes.len());
-            let to = end.saturating_sub(start).min(bytes.len());
-            bytes[from..to.max(from)].fill(0);
-        };
-        zero(0, &mut self.latest);
-        if survived {
-            for (block, states) in &mut self.blocks {
-                states.iter_mut().for_each(|state| zero(block * self.block_bytes, state));
+        let end = offset.saturating_add(length).min(self.latest.len());
+        if offset >= end {
+            return;
+        }
+        self.latest[offset..end].fill(0);
+        let block_bytes = self.block_bytes;
+        for block in offset / block_bytes..end.div_ceil(block_bytes) {
+            let start = block * block_bytes;
+            let block_end = self.latest.len().min(start + block_bytes);
+            let states = self.blocks.entry(block).or_default();
+            if offset <= start && block_end <= end {
+                if survived {
+                    states.iter_mut().for_each(|state| state.fill(0));
+                }
+            } else {
+                let state = self.latest[start..block_end].to_vec();
+                if !states.contains(&state) {
+                    states.push(state);
+                }
             }
         }
     }

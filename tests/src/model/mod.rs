@@ -5,7 +5,8 @@
 //! 1. Namespace and attribute operations survive as a prefix of their history, in order, each whole or not at all; the prefix holds
 //!    at least what was synced ([`Model::acknowledge`]).
 //! 2. File data is, block by block, what the block held at some time since it was last synced (or later); synced data is there.
-//!    Truncation and holes belong to the prefix: what they removed does not come back once they survived.
+//!    Truncation and the whole blocks of holes belong to the prefix: what they removed does not come back once they survived. A hole's
+//!    edges, parts of blocks, are data like any other.
 //! 3. The size grows only with the data that made it grow: a block inside the recovered size is never shorter, and never zeros that the
 //!    file did not hold.
 //! 4. A file that was renamed over another name has the data it had at the rename, wherever the rename survived.

@@ -164,14 +164,22 @@ fn data_below_a_larger_size_is_not_zeros() {
 
 #[test]
 fn a_hole_survives_as_part_of_the_prefix() {
-    let punch = Operation::Punch { path: "/a".into(), offset: 50, length: 5000 };
+    let punch = Operation::Punch { path: "/a".into(), offset: 50, length: 9000 };
     let all = [create("/a"), write("/a", 0, 3 * BLOCK, 1), fsync("/a"), punch, create("/b")];
     let model = run(&all);
     for length in 3..=5 {
         allowed(&model, &tree(&all[..length]));
     }
+    // The edges are data, each old or new for itself; the block between them is not.
+    let (old, new) = (content(1, 0, 3 * BLOCK), model.tree()["/a"].clone());
+    let Kind::File(new) = new.kind else { panic!("{new:?}") };
+    let block = BLOCK as usize;
     let mut found = tree(&all);
-    set(&mut found, "/a", content(1, 0, 3 * BLOCK));
+    set(&mut found, "/a", [&old[..block], &new[block..]].concat());
+    allowed(&model, &found);
+    set(&mut found, "/a", [&new[..2 * block], &old[2 * block..]].concat());
+    allowed(&model, &found);
+    set(&mut found, "/a", old);
     refused(&model, &found, "holds");
 }
 
