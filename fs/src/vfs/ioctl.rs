@@ -11,6 +11,7 @@ use super::caller::is_privileged;
 use super::inode::VfsInode;
 use super::types::{Caller, IoctlReply, IoctlRequest};
 use crate::error::Result;
+use crate::format::journal::AccountingCounter;
 use crate::namespace::{FLAG_APPEND, FLAG_IMMUTABLE, FLAG_NOATIME, FLAG_NODUMP, FLAG_SYNC, FLAGS_SETTABLE};
 use crate::sync::Arc;
 use crate::sync::atomic::Ordering;
@@ -145,7 +146,21 @@ impl Vfs {
     #[must_use]
     pub fn statistics_text(&self) -> String {
         let mut text = String::new();
+        let usage = self.space.usage();
+        let totals = self.journal.totals();
+        let total = |counter| u64::try_from(totals.get(counter)).unwrap_or(0);
         let own = [
+            ("usage.total_bytes", usage.total_bytes),
+            ("usage.free_bytes", usage.free_bytes),
+            ("usage.available_bytes", usage.available_bytes),
+            ("usage.data_bytes", usage.data_bytes),
+            ("usage.unwritten_bytes", usage.unwritten_bytes),
+            ("usage.inline_bytes", total(AccountingCounter::InlineBytes)),
+            ("usage.metadata_bytes", usage.metadata_bytes),
+            ("usage.waiting_for_reuse_bytes", usage.need_discard_buckets * usage.bucket_bytes),
+            ("usage.compressed_logical_bytes", total(AccountingCounter::CompressedLogicalBytes)),
+            ("usage.compressed_disk_bytes", total(AccountingCounter::CompressedDiskBytes)),
+            ("usage.inodes", total(AccountingCounter::Inodes)),
             ("vfs.inodes_in_memory", self.table.resident_count() as u64),
             ("vfs.deletions_waiting", self.deletions.waiting() as u64),
             ("pagecache.used_bytes", self.cache.used_bytes()),
