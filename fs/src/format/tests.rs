@@ -9,7 +9,9 @@ use smallvec::smallvec;
 use super::checkpoint::{Checkpoint, MapEntry, MapPageReference, Root, decode_map_page, encode_map_page};
 use super::checksum::{ChecksumKind, CompressionKind, metadata_checksum};
 use super::extent::{DataExtent, ExtentPointer, ExtentValue};
-use super::journal::{AccountingCounter, Entries, Entry, RecordHeader, encode_accounting, encode_data_range, encode_key};
+use super::journal::{
+    AccountingCounter, Entries, Entry, RecordHeader, encode_accounting, encode_data_range, encode_key,
+};
 use super::key::{BtreeId, pack, packed_bytes, unpack};
 use super::namespace::{
     Dirent, DirentBucket, FileType, Inode, LoggedOperation, Snapshot, StoredTime, Subvolume, Xattr, XattrBucket,
