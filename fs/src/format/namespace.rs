@@ -120,7 +120,8 @@ pub struct InodeV1 {
     pub change_time: StoredTime,
     /// Creation.
     pub birth_time: StoredTime,
-    /// A directory that names this inode (the first one, or the one of the newest name). The root's is itself.
+    /// A directory that names this inode (the first one, or the one of the newest name). The root's is itself. 0 if not known: a file with
+    /// several names has lost the one that stood here.
     pub parent: u64,
     /// Name-hash part of the key of that entry.
     pub parent_hash: u64,

@@ -9,8 +9,8 @@
 //! 2. A file's `link_count` is the number of its names; a directory's is 2 + the number of its subdirectories, and its `size`
 //!    the number of its names.
 //! 3. An inode with `link_count` 0 has an orphan key, and no other inode has one.
-//! 4. A directory's `parent` and `parent_hash` lead to its name; another file's lead to one of its names, or (when that was removed
-//!    and others are left) to where it was.
+//! 4. A directory's `parent` and `parent_hash` lead to its name; another file's lead to one of its names, or are 0 (when that name was
+//!    removed and others are left).
 //! 5. In a dirent bucket discriminators ascend, and a new one is larger than all that are there: readdir cookies are stable.
 //!
 //! No locks are taken. Two mutations that race are made serialisable by the transactions' validation; a caller that keeps

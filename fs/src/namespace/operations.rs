@@ -176,12 +176,13 @@ impl Namespace {
         Ok(Made { inode: inode.clone(), changed: Changed::from_iter([(number, inode), (parent, directory)]) })
     }
 
-    /// Takes one name off `inode`, which is stored; the last one makes it an orphan.
+    /// Takes the name `place` (directory and hash) off `inode`, which is stored; the last one makes it an orphan.
     pub(super) fn drop_name(
         &self,
         transaction: &mut Transaction<'_>,
         number: InodeNumber,
         inode: &mut Inode,
+        place: (InodeNumber, u64),
         now: Timestamp,
     ) -> Result<()> {
         let is_directory = inode.file_type() == Some(FileType::Directory);
@@ -189,6 +190,9 @@ impl Namespace {
         inode.change_time = now.into();
         if inode.link_count == 0 {
             self.add_orphan(transaction, number);
+        } else if (inode.parent, inode.parent_hash) == (place.0.0, place.1) {
+            // Where its other names are is not known without a search.
+            (inode.parent, inode.parent_hash) = (0, 0);
         }
         self.put_inode(transaction, number, inode)
     }
@@ -218,7 +222,7 @@ impl Namespace {
         self.remove_dirent(transaction, parent, name)?;
         uncount_name(&mut directory, false);
         touch_directory(&mut directory, now);
-        self.drop_name(transaction, number, &mut inode, now)?;
+        self.drop_name(transaction, number, &mut inode, (parent, self.hash(name)), now)?;
         self.put_inode(transaction, parent, &directory)?;
         Ok(Changed::from_iter([(number, inode), (parent, directory)]))
     }
@@ -253,7 +257,7 @@ impl Namespace {
         self.remove_dirent(transaction, parent, name)?;
         uncount_name(&mut directory, true);
         touch_directory(&mut directory, now);
-        self.drop_name(transaction, number, &mut inode, now)?;
+        self.drop_name(transaction, number, &mut inode, (parent, self.hash(name)), now)?;
         self.put_inode(transaction, parent, &directory)?;
         Ok(Changed::from_iter([(number, inode), (parent, directory)]))
     }

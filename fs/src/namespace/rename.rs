@@ -155,7 +155,8 @@ impl Namespace {
                     return Err(Errno::NOTEMPTY.into());
                 }
                 uncount_name(working.get(new_parent)?, target_is_directory);
-                self.drop_name(transaction, target.inode, working.get(target.inode)?, now)?;
+                let place = (new_parent, self.hash(new_name));
+                self.drop_name(transaction, target.inode, working.get(target.inode)?, place, now)?;
                 self.replace_dirent(transaction, new_parent, new_name, old.inode, old.file_type)?
             }
             None => self.insert_dirent(transaction, new_parent, new_name, old.inode, old.file_type)?,

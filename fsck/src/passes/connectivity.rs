@@ -33,7 +33,10 @@ pub(super) fn run(checker: &mut Checker<'_>) -> Result<()> {
             problems.push(Problem::Unconnected { inode });
             continue;
         }
+        // A file that had several names may have lost the one that it knew.
+        let is_unknown = facts.parent == (0, 0) && facts.file_type != Some(FileType::Directory);
         if !facts.parent_confirmed
+            && !is_unknown
             && let Some(found) = facts.named_at
         {
             problems.push(Problem::ParentWrong { inode, stored: facts.parent, found });
