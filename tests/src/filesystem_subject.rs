@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use coppicefs::device::{BlockDevice, SimDevice};
 use coppicefs::env::Env;
@@ -35,10 +35,18 @@ const WRITE_BYTES_MAX: usize = 128 << 10;
 pub struct Coppice {
     /// Sizes.
     pub format: FormatOptions,
-    /// Deliberate faults, in the run that is crashed; recovery and checks are always sound.
+    /// Deliberate faults.
     pub switches: TestSwitches,
-    /// Every `Settle` takes a checkpoint, not only some.
-    pub checkpoint_often: bool,
+    /// The filesystem's counters, summed over all mounts so far: what was exercised.
+    pub counters: Arc<Mutex<BTreeMap<&'static str, u64>>>,
+}
+
+impl Coppice {
+    /// The sum of a counter over all mounts so far.
+    #[must_use]
+    pub fn counter(&self, name: &str) -> u64 {
+        self.counters.lock().unwrap_or_else(PoisonError::into_inner).get(name).copied().unwrap_or(0)
+    }
 }
 
 impl Default for Coppice {
@@ -46,7 +54,7 @@ impl Default for Coppice {
         let mut format = test_geometry();
         // Small, so that the ring wraps and recovery reads little.
         format.journal_bytes = 256 << 10;
-        Self { format, switches: TestSwitches::default(), checkpoint_often: false }
+        Self { format, switches: TestSwitches::default(), counters: Arc::default() }
     }
 }
 
@@ -72,7 +80,7 @@ impl Subject for Coppice {
     fn mount(&self, device: &Arc<SimDevice>, seed: u64) -> Result<Box<dyn Mounted>> {
         let env = Env::simulated(seed);
         let filesystem = Filesystem::open(vec![Arc::clone(device) as _], &self.options(&env))?;
-        Ok(Box::new(MountedCoppice { filesystem, env, checkpoint_often: self.checkpoint_often }))
+        Ok(Box::new(MountedCoppice { filesystem, env, counters: Arc::clone(&self.counters) }))
     }
 
     fn check(&self, device: &Arc<SimDevice>) -> Result<Vec<String>> {
@@ -89,13 +97,17 @@ impl Subject for Coppice {
 struct MountedCoppice {
     filesystem: Arc<Filesystem>,
     env: Arc<Env>,
-    checkpoint_often: bool,
+    counters: Arc<Mutex<BTreeMap<&'static str, u64>>>,
 }
 
 impl Drop for MountedCoppice {
     fn drop(&mut self) {
         // The workers hold the filesystem, and the scheduler holds them.
         self.env.unregister_all();
+        let mut counters = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
+        for (name, value) in self.filesystem.metrics().snapshot() {
+            *counters.entry(name).or_default() += value;
+        }
     }
 }
 
@@ -223,14 +235,20 @@ impl MountedCoppice {
         }
     }
 
-    /// Background work: the clock goes on, workers step; sometimes a checkpoint.
-    fn settle(&self) -> Result<()> {
-        for _ in 0..24 {
+    /// Workers step; where none has anything to do, the clock goes on to the next one's deadline.
+    fn give_turns(&self, count: u32) -> Result<()> {
+        for _ in 0..count {
             if !self.env.step_random_worker()? {
                 self.env.advance_clock();
             }
         }
-        if self.checkpoint_often || self.env.random_u64().is_multiple_of(2) {
+        Ok(())
+    }
+
+    /// Background work, and sometimes a checkpoint.
+    fn settle(&self) -> Result<()> {
+        self.give_turns(24)?;
+        if self.env.random_u64().is_multiple_of(2) {
             self.filesystem.checkpoint()?;
         }
         Ok(())
@@ -394,6 +412,7 @@ impl Mounted for MountedCoppice {
             }
             Operation::Sync => self.filesystem.sync()?,
             Operation::Settle => self.settle()?,
+            Operation::Turns { count } => self.give_turns(*count)?,
         }
         Ok(())
     }

@@ -41,6 +41,8 @@ pub enum Operation {
     Sync,
     /// Not POSIX: background work gets its turn (writeback, checkpoint, discard, copygc). Promises nothing.
     Settle,
+    /// Not POSIX: background work gets so many turns, and no more.
+    Turns { count: u32 },
 }
 
 impl Operation {

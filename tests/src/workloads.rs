@@ -43,6 +43,7 @@ pub fn all() -> Vec<(&'static str, Vec<Operation>)> {
         ("rename over", rename_over()),
         ("append", append()),
         ("unlink", unlink_and_reuse()),
+        ("bucket reuse", bucket_reuse()),
         ("directory tree", directory_tree()),
         ("truncate", truncate_and_extend()),
         ("overwrite", overwrite()),
@@ -51,6 +52,62 @@ pub fn all() -> Vec<(&'static str, Vec<Operation>)> {
         ("exchange", exchange()),
     ]
 }
+
+/// Workloads that are too large for every plan at every boundary: trees of several nodes, a device whose space is short.
+#[must_use]
+pub fn large() -> Vec<(&'static str, Vec<Operation>)> {
+    vec![("many names", many_names()), ("compaction", compaction())]
+}
+
+/// Enough names that nodes split, and then so few that they merge.
+fn many_names() -> Vec<Operation> {
+    let mut workload = vec![directory("/d")];
+    for round in 0..5 {
+        for file in 0..60 {
+            workload.push(create(&format!("/d/a-name-that-is-rather-long-{round}-{file}")));
+        }
+        workload.extend([Operation::Settle, Operation::FsyncDirectory { path: "/d".into() }]);
+    }
+    for round in 0..5 {
+        for file in 0..60 {
+            let path = format!("/d/a-name-that-is-rather-long-{round}-{file}");
+            match file % 6 {
+                0 => workload.push(rename(&path, &format!("/d/renamed-{round}-{file}"))),
+                _ => workload.push(unlink(&path)),
+            }
+        }
+        workload.extend([Operation::Settle, Operation::Settle]);
+    }
+    workload.push(Operation::Sync);
+    workload
+}
+
+/// Fills most of 8 MiB, then rewrites parts everywhere: only moving what is left gives whole buckets back.
+fn compaction() -> Vec<Operation> {
+    let mut workload = Vec::new();
+    for file in 0..COMPACTION_FILES as u32 {
+        let path = format!("/f{file}");
+        workload.extend([create(&path), write(&path, 0, 128 << 10, file + 1)]);
+        if file % 7 == 6 {
+            workload.extend([Operation::Sync, Operation::Settle]);
+        }
+    }
+    for round in 0..48u64 {
+        let path = format!("/f{}", round * 5 % COMPACTION_FILES);
+        let offset = (round / 4 % 4) * (32 << 10);
+        workload.push(write(&path, offset, (16 << 10) + round % 3 * 1000, 100 + round as u32));
+        match round % 6 {
+            2 => workload.push(Operation::Settle),
+            5 => workload.extend([fsync(&path), Operation::Settle]),
+            _ => {}
+        }
+    }
+    workload.push(Operation::Sync);
+    workload
+}
+
+/// Of 128 KiB each.
+const COMPACTION_FILES: u64 = 28;
 
 fn create_write_fsync() -> Vec<Operation> {
     vec![
@@ -116,6 +173,28 @@ fn unlink_and_reuse() -> Vec<Operation> {
             Operation::FsyncDirectory { path: "/".into() },
             Operation::Settle,
         ]);
+    }
+    workload
+}
+
+/// Whole buckets are emptied and at once wanted again, by other files, while a crash may still bring back what they held.
+fn bucket_reuse() -> Vec<Operation> {
+    let mut workload = Vec::new();
+    for round in 0..6u32 {
+        let (old, new) = (format!("/old{}", round % 2), format!("/new{round}"));
+        workload.extend([
+            create(&old),
+            write(&old, 0, 200_000, 2 * round + 1),
+            fsync(&old),
+            unlink(&old),
+            Operation::Turns { count: 6 },
+            create(&new),
+            write(&new, 0, 200_000, 2 * round + 2),
+            Operation::Turns { count: 12 },
+        ]);
+        if round % 2 == 1 {
+            workload.extend([Operation::Settle, Operation::Sync, unlink(&new)]);
+        }
     }
     workload
 }
@@ -216,6 +295,12 @@ fn attributes_and_links() -> Vec<Operation> {
         fsync("/b"),
         Operation::RemoveXattr { path: "/b".into(), name: "user.one".into() },
         Operation::Link { existing: "/b".into(), path: "/a".into() },
+        // The newest of several names goes, once by itself and once under another file.
+        Operation::Link { existing: "/b".into(), path: "/c".into() },
+        unlink("/c"),
+        Operation::Link { existing: "/b".into(), path: "/c".into() },
+        create("/d"),
+        rename("/d", "/c"),
         Operation::Settle,
         Operation::Sync,
     ]
@@ -330,7 +415,7 @@ mod tests {
 
     #[test]
     fn fixed_workloads_succeed_in_the_model() {
-        for (name, workload) in all() {
+        for (name, workload) in all().into_iter().chain(large()) {
             let mut model = Model::new(4096);
             for operation in &workload {
                 model.begin(operation).unwrap_or_else(|errno| panic!("{name}: {operation:?}: {errno}"));

@@ -1,60 +1,124 @@
-//! Power cuts at every boundary of the fixed workloads, against the whole filesystem.
+//! Power cuts against the whole filesystem: the fixed workloads at every boundary, random ones by seed, and builds that are broken on
+//! purpose, each of which must be caught.
+//!
+//! `COPPICE_SEED=n` sets the seed; `COPPICE_CRASH_LONG=1` tries every plan at every boundary, and many more seeds.
 
+use std::time::{Duration, Instant};
+
+use coppicefs::space::TestSwitches;
 use coppicefs_tests::crash::{CrashOptions, Report, run, seed_or};
 use coppicefs_tests::filesystem_subject::Coppice;
+use coppicefs_tests::operation::Operation;
 use coppicefs_tests::workloads;
 
-fn options() -> CrashOptions {
-    let mut options = CrashOptions { seed: seed_or(1), device_bytes: 16 << 20, ..CrashOptions::default() };
-    options.plans.limit = Some(6);
+const DEVICE_BYTES: u64 = 16 << 20;
+
+fn is_long() -> bool {
+    std::env::var_os("COPPICE_CRASH_LONG").is_some_and(|value| value != "0")
+}
+
+/// With so many plans at each boundary; many more in the long form.
+fn options(plans_max: usize) -> CrashOptions {
+    let mut options = CrashOptions { seed: seed_or(1), device_bytes: DEVICE_BYTES, ..CrashOptions::default() };
+    options.plans.limit = Some(if is_long() { plans_max * 16 } else { plans_max });
+    if is_long() {
+        options.plans.samples = 32;
+        options.during_recovery = 8;
+    }
     options
 }
 
-fn workload(name: &str) {
-    let (_, operations) = workloads::all().into_iter().find(|(found, _)| *found == name).expect("a workload");
-    let start = std::time::Instant::now();
-    let report: Report =
-        run(&Coppice::default(), &operations, &options()).unwrap_or_else(|failure| panic!("{name}: {failure}"));
-    println!("{name}: {report:?} in {:?}", start.elapsed());
+fn crash(subject: &Coppice, name: &str, operations: &[Operation], options: &CrashOptions) -> Report {
+    let start = Instant::now();
+    let report = run(subject, operations, options).unwrap_or_else(|failure| panic!("{name}: {failure}"));
+    println!(
+        "{name}: {} boundaries, {} power cuts, {} different images recovered, {} more after cuts during recovery, {:.1} s",
+        report.boundaries,
+        report.crashes,
+        report.images,
+        report.recovery_crashes,
+        start.elapsed().as_secs_f64()
+    );
+    report
 }
 
 #[test]
-fn create_write_fsync() {
-    workload("create, write, fsync");
+fn fixed_workloads_survive_a_cut_at_every_boundary() {
+    let subject = Coppice::default();
+    let mut total = Report::default();
+    for (name, operations) in workloads::all() {
+        let report = crash(&subject, name, &operations, &options(16));
+        total.boundaries += report.boundaries;
+        total.crashes += report.crashes;
+        total.images += report.images;
+        total.recovery_crashes += report.recovery_crashes;
+    }
+    println!("fixed workloads: {total:?}");
+    assert!(total.images > 1000 && total.recovery_crashes > 1000, "{total:?}");
 }
+
 #[test]
-fn rename_over() {
-    workload("rename over");
+fn trees_that_split_and_merge_survive() {
+    let subject = Coppice::default();
+    let (name, operations) = workloads::large().swap_remove(0);
+    crash(&subject, name, &operations, &options(4));
+    assert!(subject.counter("btree.splits") > 0 && subject.counter("btree.merges") > 0, "{:?}", subject.counters);
 }
+
 #[test]
-fn append() {
-    workload("append");
+fn compaction_survives() {
+    let subject = Coppice::default();
+    let (name, operations) = workloads::large().swap_remove(1);
+    crash(&subject, name, &operations, &CrashOptions { device_bytes: 8 << 20, during_recovery: 1, ..options(2) });
+    assert!(subject.counter("copygc.buckets") > 0, "{:?}", subject.counters);
 }
+
 #[test]
-fn unlink() {
-    workload("unlink");
+fn random_workloads_survive() {
+    let first = seed_or(1);
+    let subject = Coppice::default();
+    for seed in first..first + if is_long() { 200 } else { 8 } {
+        let operations = workloads::random(seed, if is_long() { 150 } else { 60 });
+        let options = CrashOptions { seed, ..options(8) };
+        crash(&subject, &format!("random {seed}"), &operations, &options);
+    }
 }
-#[test]
-fn directory_tree() {
-    workload("directory tree");
+
+/// Whether the crash tests notice a broken build, within a minute.
+fn is_caught(what: &str, switches: TestSwitches) {
+    let start = Instant::now();
+    let subject = Coppice { switches, ..Coppice::default() };
+    let random = (1..40).map(|seed| ("random", workloads::random(seed, 60)));
+    for (name, operations) in workloads::all().into_iter().chain(random) {
+        assert!(start.elapsed() < Duration::from_secs(60), "{what} was not noticed within a minute");
+        let Err(failure) = run(&subject, &operations, &options(16)) else { continue };
+        if let Some(image) = &failure.image {
+            // Only a surprise is worth keeping.
+            let _ = std::fs::remove_file(image);
+        }
+        println!("{what}: caught by \"{name}\" after {:.1} s: {failure}", start.elapsed().as_secs_f64());
+        assert!(failure.crash.is_some(), "{what} fails without a power cut: {failure}");
+        return;
+    }
+    panic!("{what} was not noticed");
 }
+
 #[test]
-fn truncate() {
-    workload("truncate");
+fn a_missing_data_flush_is_caught() {
+    is_caught("skip_data_flush", TestSwitches { skip_data_flush: true, ..TestSwitches::default() });
 }
+
 #[test]
-fn overwrite() {
-    workload("overwrite");
+fn a_dropped_journal_record_is_caught() {
+    is_caught("drop_journal_record", TestSwitches { drop_journal_record: true, ..TestSwitches::default() });
 }
+
 #[test]
-fn checkpoint_in_the_middle() {
-    workload("checkpoint in the middle");
+fn a_checkpoint_published_early_is_caught() {
+    is_caught("publish_checkpoint_early", TestSwitches { publish_checkpoint_early: true, ..TestSwitches::default() });
 }
+
 #[test]
-fn attributes_and_links() {
-    workload("attributes and links");
-}
-#[test]
-fn exchange() {
-    workload("exchange");
+fn space_reused_too_early_is_caught() {
+    is_caught("reuse_too_early", TestSwitches { reuse_too_early: true, ..TestSwitches::default() });
 }

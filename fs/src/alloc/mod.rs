@@ -101,6 +101,12 @@ pub trait BucketStore {
 pub struct TestSwitches {
     /// Frees emptied buckets at once, durable or not, and reuses them first.
     pub reuse_too_early: bool,
+    /// The journal names data that no flush has made durable.
+    pub skip_data_flush: bool,
+    /// One journal record in eight is never written, though it is acknowledged.
+    pub drop_journal_record: bool,
+    /// A checkpoint's record is written before what it names is durable.
+    pub publish_checkpoint_early: bool,
 }
 
 #[cfg(test)]

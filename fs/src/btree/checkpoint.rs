@@ -21,6 +21,7 @@ use super::Opening;
 use super::log::{CheckpointLog, LogBoundary};
 use super::node_space::SlotChanges;
 use super::serialise::Attempt;
+use crate::alloc::TestSwitches;
 use crate::env::Event;
 use crate::error::{Error, Result};
 use crate::format::checkpoint::{Checkpoint, MapEntry, Root};
@@ -77,6 +78,11 @@ impl Kept {
 }
 
 impl Forest {
+    /// Deliberate faults. The first that are set stay.
+    pub fn set_test_switches(&self, switches: TestSwitches) {
+        let _ = self.switches.set(switches);
+    }
+
     /// Asks for a checkpoint soon.
     pub fn request_checkpoint(&self) {
         if !self.checkpoint_requested.swap(true, Ordering::Relaxed) {
@@ -216,8 +222,11 @@ impl Attempt<'_> {
         let pages = forest.space.lock().pages(&self.changes)?;
         let map = forest.reader.write_map(&pages, &published_map, &newest.map, &previous)?;
         // All that the record will name is durable before it is written: the journal, images and map pages.
-        self.log.flush(self.flush_upto)?;
-        forest.reader.flush()?;
+        let is_early = forest.switches.get().is_some_and(|switches| switches.publish_checkpoint_early);
+        if !is_early {
+            self.log.flush(self.flush_upto)?;
+            forest.reader.flush()?;
+        }
         let record = Checkpoint {
             number,
             epoch: forest.epoch,
@@ -233,6 +242,9 @@ impl Attempt<'_> {
             written_at: forest.env.now().seconds,
         };
         forest.reader.write_record(&record)?;
+        if is_early {
+            self.log.flush(self.flush_upto)?;
+        }
         forest.reader.flush()?;
 
         self.outcome.number = number;

@@ -36,6 +36,7 @@ mod worker;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::OnceLock;
 
+use crate::alloc::TestSwitches;
 use crate::device::BlockDevice;
 use crate::env::{Env, Event};
 use crate::error::{Error, Result};
@@ -173,6 +174,7 @@ pub struct Forest {
     checkpoint_event: Event,
     /// The first failure after which nothing may be published any more.
     failure: Mutex<Option<String>>,
+    switches: OnceLock<TestSwitches>,
 }
 
 /// Level, tree and smallest position of a node.
@@ -225,6 +227,7 @@ impl Forest {
             checkpoints_done: AtomicU64::new(0),
             checkpoint_event: Event::new(),
             failure: Mutex::new(None),
+            switches: OnceLock::new(),
         };
         for btree in BtreeId::ALL {
             let root = forest.open_root(btree, &opening.newest)?;

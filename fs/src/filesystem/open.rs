@@ -350,6 +350,8 @@ impl Filesystem {
         )?;
         let replayed = replay(&forest, &log)?;
         let journal = Journal::open(config, start, Arc::clone(&env), Arc::clone(&metrics))?;
+        forest.set_test_switches(options.switches);
+        journal.set_test_switches(options.switches);
         if !options.read_only {
             // The cut: nothing is overwritten before this record of the new epoch is durable.
             journal.flush(journal.newest())?;

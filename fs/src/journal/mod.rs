@@ -37,6 +37,7 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
+use crate::alloc::TestSwitches;
 use crate::device::BlockDevice;
 use crate::env::{Env, Event, Worker};
 use crate::error::{Error, Result};
@@ -186,6 +187,7 @@ struct Inner {
     reusable_event: Event,
     worker_event: Event,
     pressure: OnceLock<PressureHook>,
+    switches: OnceLock<TestSwitches>,
 }
 
 /// The journal of a mounted filesystem. See the module's documentation.
@@ -282,6 +284,7 @@ impl Journal {
             reusable_event: Event::new(),
             worker_event: Event::new(),
             pressure: OnceLock::new(),
+            switches: OnceLock::new(),
         };
         Ok(std::sync::Arc::new(Self { inner: Arc::new(inner) }))
     }
@@ -416,6 +419,11 @@ impl Journal {
     /// the *older* kept one's F, so it may take two. It is called with the caller's leaf locks held: it may set a flag and notify an event, no more. The first hook that is set stays.
     pub fn set_pressure_hook(&self, hook: PressureHook) {
         let _ = self.inner.pressure.set(hook);
+    }
+
+    /// Deliberate faults. The first that are set stay.
+    pub fn set_test_switches(&self, switches: TestSwitches) {
+        let _ = self.inner.switches.set(switches);
     }
 
     /// Live totals: everything that was appended.

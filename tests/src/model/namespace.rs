@@ -262,7 +262,7 @@ impl Namespace {
                 self.lookup(path)?;
                 Changed::Nothing
             }
-            Operation::Sync | Operation::Settle => Changed::Nothing,
+            Operation::Sync | Operation::Settle | Operation::Turns { .. } => Changed::Nothing,
         })
     }
 }

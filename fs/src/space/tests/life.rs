@@ -113,7 +113,7 @@ fn checkpoints_get_their_buckets_on_a_full_filesystem() {
 
 #[test]
 fn reuse_too_early_is_seen() {
-    let fixture = Fixture::simulated(3, TestSwitches { reuse_too_early: true });
+    let fixture = Fixture::simulated(3, TestSwitches { reuse_too_early: true, ..TestSwitches::default() });
     for round in 0..1000 {
         fixture.write(1, round % 40).unwrap();
     }
