@@ -4,8 +4,8 @@
 //! all its leaves at one instant. After a checkpoint, the trees as of its boundary F can be read from what its record names; with the
 //! journal from F on replayed, nothing that was durable is lost. The previous checkpoint stays valid for the same.
 //!
-//! **How.** A node in memory is layers of changes above what its image holds ([`node`]). Only a checkpoint writes nodes: it appends
-//! what changed as a bset to the node's slot, or writes the node whole elsewhere ([`checkpoint`]). Interior nodes hold pointers to
+//! **How.** A node in memory is layers of changes above what its image holds (`node`). Only a checkpoint writes nodes: it appends
+//! what changed as a bset to the node's slot, or writes the node whole elsewhere (`checkpoint`). Interior nodes hold pointers to
 //! images, so a child that was written changes its parent, up to the roots, which stand in the checkpoint's record: the one point
 //! of publication.
 //!

@@ -2,13 +2,13 @@
 //!
 //! **Guarantees.** 1. A write that was admitted ([`Space::reserve`]) gets space ([`Space::allocate`]): it may wait for flushes and for copygc, it does not
 //! fail. 2. Index trees, counts and accounting say the same as the extents after every transaction, since they change in it
-//! ([`trigger`]). 3. Bytes are rewritten only when a flushed record says that their freeing is durable, and nobody reads them
+//! (`trigger`). 3. Bytes are rewritten only when a flushed record says that their freeing is durable, and nobody reads them
 //! ([`crate::alloc`]).
 //!
 //! **Pointers and generations.** A bucket's generation goes up in the transaction that empties it, and a bucket may be emptied while it is
 //! still open: a small file is written and deleted, the next one is written behind it. The bucket then stands in the need-discard tree
 //! with its new generation, stays open, and the next count makes it data again. So a pointer is made *in the body* of the
-//! transaction that puts it ([`pointer`], [`stamp`]), with the generation of that moment; if the bucket is emptied between that and the commit, the
+//! transaction that puts it ([`pointer()`], [`stamp`]), with the generation of that moment; if the bucket is emptied between that and the commit, the
 //! trigger sees the difference under the leaf's lock and the body runs again. The data is not written again: within one open life no
 //! byte is handed out twice.
 //!

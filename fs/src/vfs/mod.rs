@@ -11,7 +11,7 @@
 //! 4. Memory: objects of inodes are bounded in number; the page cache has its own budget.
 //!
 //! **Lock order**: inode locks (in the order of inode numbers) -> add/block -> folios -> tree nodes -> journal. The table's shards, the
-//! handles, an inode's [`inode::State`] are leaves. Workers (writeback, deletion) never take an inode lock, so whoever holds one may
+//! handles, an inode's `inode::State` are leaves. Workers (writeback, deletion) never take an inode lock, so whoever holds one may
 //! wait for them. No lock is held when a method returns.
 
 mod attributes;
