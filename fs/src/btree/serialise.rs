@@ -209,7 +209,12 @@ impl<'a> Attempt<'a> {
 
     /// Freezes and encodes a node. Returns the pointer to its new image, `None` if there is nothing to write.
     fn serialise(&mut self, node: &Arc<Node>) -> Result<Option<NodePointer>> {
-        let Some(frozen) = self.freeze(node)? else { return Ok(None) };
+        let Some(frozen) = self.freeze(node)? else {
+            // Changes that cancelled out (a put and its delete) are in the image too, by leaving it as it is: the newest of them must be
+            // durable like any other, or the checkpoint would show a part of a transaction that the journal does not have.
+            self.flush_upto = self.flush_upto.max(node.content.read().newest);
+            return Ok(None);
+        };
         self.flush_upto = self.flush_upto.max(frozen.newest);
         self.pinned.push(Arc::clone(node));
         self.outcome.nodes += 1;
