@@ -113,9 +113,9 @@ impl<'a> Attempt<'a> {
         for btree in BtreeId::ALL {
             loop {
                 let root = self.forest.root(btree);
-                let (image, empty) = {
+                let (image, empty, newest) = {
                     let content = root.content.read();
-                    (content.image.clone(), content.live_keys == 0 && root.level == 0)
+                    (content.image.clone(), content.live_keys == 0 && root.level == 0, content.newest)
                 };
                 match image {
                     Some(pointer) => {
@@ -124,7 +124,11 @@ impl<'a> Attempt<'a> {
                         roots.push((Root { btree: btree as u8, level: root.level, pointer: encoded }, pointer));
                         break;
                     }
-                    None if empty => break,
+                    None if empty => {
+                        // What emptied it may be newer than F: the record shows it, so the journal must not lose it.
+                        self.flush_upto = self.flush_upto.max(newest);
+                        break;
+                    }
                     None => self.serialise_and_link(&root)?,
                 }
             }
@@ -194,6 +198,9 @@ impl<'a> Attempt<'a> {
             let unimaged: Vec<Arc<Node>> = {
                 let mut content = node.content.write();
                 if content.unimaged.is_empty() || content.retired {
+                    // Also if there is nothing to write: a change after F may have undone one before it, and what the image shows is then
+                    // the state after both. The journal must not lose the later one.
+                    self.flush_upto = self.flush_upto.max(content.newest);
                     return Ok(Some(self.forest.freeze_content(node, &mut content)));
                 }
                 content.unimaged.values().cloned().collect()
@@ -209,13 +216,7 @@ impl<'a> Attempt<'a> {
 
     /// Freezes and encodes a node. Returns the pointer to its new image, `None` if there is nothing to write.
     fn serialise(&mut self, node: &Arc<Node>) -> Result<Option<NodePointer>> {
-        let Some(frozen) = self.freeze(node)? else {
-            // Changes that cancelled out (a put and its delete) are in the image too, by leaving it as it is: the newest of them must be
-            // durable like any other, or the checkpoint would show a part of a transaction that the journal does not have.
-            self.flush_upto = self.flush_upto.max(node.content.read().newest);
-            return Ok(None);
-        };
-        self.flush_upto = self.flush_upto.max(frozen.newest);
+        let Some(frozen) = self.freeze(node)? else { return Ok(None) };
         self.pinned.push(Arc::clone(node));
         self.outcome.nodes += 1;
         if node.level > 0 {

@@ -113,7 +113,8 @@ impl Candidates {
 
     /// Whole blocks of the hole belong to the prefix; its edges, parts of blocks, are data: zeroed or not yet, whatever survived.
     fn punch(&mut self, offset: usize, length: usize, survived: bool) {
-        let end = offset.saturating_add(length).min(self.latest.len());
+        let hole_end = offset.saturating_add(length);
+        let end = hole_end.min(self.latest.len());
         if offset >= end {
             return;
         }
@@ -123,7 +124,7 @@ impl Candidates {
             let start = block * block_bytes;
             let block_end = self.latest.len().min(start + block_bytes);
             let states = self.blocks.entry(block).or_default();
-            if offset <= start && block_end <= end {
+            if offset <= start && start + block_bytes <= hole_end {
                 if survived {
                     states.iter_mut().for_each(|state| state.fill(0));
                 }

@@ -75,9 +75,9 @@ impl Model {
     /// What POSIX says it fails with; it changes nothing then.
     pub fn begin(&mut self, operation: &Operation) -> Result<(), Errno> {
         let number = self.operations + 1;
+        self.operations = number;
         let mut next = self.namespace().clone();
         let changed = next.apply(operation)?;
-        self.operations = number;
         let mut push = |inode: InodeId, event| {
             self.files.entry(inode).or_insert_with(|| FileHistory::new(self.block_bytes)).push(number, event);
         };
