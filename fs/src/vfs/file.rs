@@ -159,7 +159,7 @@ impl Vfs {
             WriteAt::Offset(offset) => round_up(offset + length, block) - round_down(offset, block),
             WriteAt::End => round_up(length, block) + block,
         };
-        match self.space.reserve(bytes) {
+        match self.admit(|| self.space.reserve(bytes)) {
             Err(Error::NoSpace(reason)) => {
                 let WriteAt::Offset(offset) = at else { return Err(Error::NoSpace(reason)) };
                 let start = round_down(offset, block);

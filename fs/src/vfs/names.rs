@@ -58,7 +58,7 @@ impl Vfs {
         self.check_writable()?;
         let directory = self.inode(parent)?;
         let number = self.allocator.allocate()?;
-        let _admission = self.space.reserve_metadata(ADMISSION_BYTES)?;
+        let _admission = self.admit(|| self.space.reserve_metadata(ADMISSION_BYTES))?;
         let new = NewInode {
             file_type: making.file_type,
             permissions: making.permissions,
@@ -139,7 +139,7 @@ impl Vfs {
         self.check_writable()?;
         let inode = self.inode(node)?;
         let directory = self.inode(parent)?;
-        let _admission = self.space.reserve_metadata(ADMISSION_BYTES)?;
+        let _admission = self.admit(|| self.space.reserve_metadata(ADMISSION_BYTES))?;
         let now = self.env.now();
         {
             let held = [&inode, &directory];

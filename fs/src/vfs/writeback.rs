@@ -24,6 +24,8 @@ use crate::units::InodeNumber;
 const CHUNK_BYTES: u64 = 16 << 20;
 /// Files that one step of the worker looks at.
 const FILES_STEP: usize = 16;
+/// How often all that is dirty is written back before space is refused: meanwhile others make promises of what that frees.
+const ADMISSION_PASSES: usize = 4;
 /// Access times are stored this long after the first read.
 const TIMES_AGE: Duration = Duration::from_secs(60);
 /// With more inodes than this the worker does not wait for their age.
@@ -53,6 +55,35 @@ impl Vfs {
         let outcome = self.write_back_range(inode, file, 0..u64::MAX, u64::MAX);
         drop(turn);
         outcome.map(|_| ())
+    }
+
+    /// Asks for space with `ask`. Where that is refused, what is dirty is written back, file by file, and it is asked again: an overwrite is
+    /// promised its whole size, and gives back what it replaces only with its commit. Inode locks may be held.
+    ///
+    /// # Errors
+    /// [`Error::NoSpace`] if nothing that is dirty frees enough; other errors of `ask`. Those of writeback are for the files' handles.
+    pub(super) fn admit<T>(&self, ask: impl Fn() -> Result<T>) -> Result<T> {
+        for _ in 0..ADMISSION_PASSES {
+            let refused = match ask() {
+                Err(error @ Error::NoSpace(_)) => error,
+                outcome => return outcome,
+            };
+            let spaces = self.cache.dirty_spaces(usize::MAX, None);
+            if spaces.is_empty() {
+                return Err(refused);
+            }
+            for space in spaces {
+                let Some(inode) = self.table.get(InodeNumber(space.identity())) else { continue };
+                if let Err(error @ Error::Bug(_)) = self.write_back(&inode) {
+                    return Err(error);
+                }
+                match ask() {
+                    Err(Error::NoSpace(_)) => {}
+                    outcome => return outcome,
+                }
+            }
+        }
+        ask()
     }
 
     /// Commits dirty blocks of the range, in ascending order, until `bytes_max` are written. Returns how many were. The caller has the turn.

@@ -30,7 +30,8 @@ impl Vfs {
             return Err(Errno::PERM.into());
         }
         let inode = self.inode(node)?;
-        let _admission = self.space.reserve_metadata(value.len() as u64 + super::names::ADMISSION_BYTES)?;
+        let key_bytes = value.len() as u64 + super::names::ADMISSION_BYTES;
+        let _admission = self.admit(|| self.space.reserve_metadata(key_bytes))?;
         let group_matters = name == acl::ACCESS && !is_privileged(caller) && inode.state().inode.mode & 0o2000 != 0;
         let gid = inode.state().inode.gid;
         let clear_set_gid = group_matters && !is_in_group(caller, gid);
