@@ -43,7 +43,8 @@ pub fn choose(device_bytes: u64, wishes: Wishes) -> Result<(Geometry, u64), Stri
     if journal < MIB {
         return Err(format!("--journal-size {journal} is too small: at least 1MiB"));
     }
-    if journal > device_bytes / 4 {
+    // A device that is too small for the default is refused for its own size, later.
+    if wishes.journal_bytes.is_some() && journal > device_bytes / 4 {
         return Err(format!("--journal-size {journal} is more than a quarter of the device ({device_bytes} bytes)"));
     }
     let small = |bytes: u64| u32::try_from(bytes).unwrap_or(u32::MAX);
