@@ -6,11 +6,13 @@
 //! - [`model`]: a plain in-memory filesystem that knows what was synced, and what a crash may leave (the oracle).
 //! - [`crash`]: runs a workload on a simulated device, cuts the power everywhere, and asks the oracle.
 //! - [`filesystem_subject`]: coppice itself, in this process, for [`crash`].
+//! - [`mount`]: an image in a temporary folder, formatted, mounted and checked by the real programs.
 //! - [`workloads`]: the small workloads that are crashed everywhere, and random ones by seed.
 
 pub mod operation;
 pub mod tree;
 pub mod model;
 pub mod crash;
+pub mod mount;
 pub mod workloads;
 pub mod filesystem_subject;
