@@ -148,7 +148,7 @@ fn copy_a_tree(compression: &str) {
     assert_same_tree(&source, &copied);
     assert_same_tree(&source, &synchronised);
     let allocated = std::os::unix::fs::MetadataExt::blocks(&fs::metadata(copied.join("sparse")).unwrap()) * 512;
-    assert!(allocated <= 3 * 128 << 10, "the holes of a sparse file take space: {allocated}");
+    assert!(allocated <= (3 * 128) << 10, "the holes of a sparse file take space: {allocated}");
     // Once more finds nothing to do: times and sizes are as rsync left them.
     let again = run(command("rsync").args(["-aHAXSi"]).arg(&from).arg(&synchronised));
     assert_eq!(again, "");
