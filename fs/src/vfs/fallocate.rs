@@ -113,6 +113,8 @@ impl Vfs {
             // The block that gives the file its size may be among those that are dropped.
             self.write_back(inode)?;
         }
+        // Behind the end there is nothing but zeros: a hole that reaches the end takes the whole last block.
+        let end = if end >= inode.size() { round_up(end, block) } else { end };
         // The edges may have to be zeroed: never refused, since punching gives space back.
         file.reserved.lock().merge(self.space.reserve_privileged(2 * block));
         let guard = file.pages.block(round_down(offset, block)..round_up(end, block))?;
