@@ -1,3 +1,5 @@
+//! The add lock: exclusion, fairness, re-entry; its loom models.
+
 use super::*;
 
 #[cfg(not(loom))]

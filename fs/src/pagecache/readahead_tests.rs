@@ -1,3 +1,5 @@
+//! The window policy as a pure function: streams of every kind, and what they make it ask for.
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::*;
