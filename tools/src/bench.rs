@@ -141,6 +141,8 @@ fn run_job(job: &Job, directory: &Path, quick: bool) -> Result<f64> {
     let folder = tempfile::tempdir().context("making a temporary folder")?;
     let file = folder.path().join(format!("{}.fio", job.name));
     std::fs::write(&file, job.text)?;
+    // fio runs in the temporary folder: its own leftovers go there.
+    let directory = directory.canonicalize().with_context(|| format!("looking for {}", directory.display()))?;
     let mut fio = Command::new("fio");
     fio.arg("--output-format=json").arg(format!("--directory={}", directory.display()));
     if quick {
