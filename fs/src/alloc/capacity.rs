@@ -147,9 +147,10 @@ pub struct Counters {
     pub data_buckets: AtomicI64,
     /// Buckets of nodes.
     pub metadata_buckets: AtomicI64,
-    /// Bytes of the nodes of the newest checkpoint, in all copies. What else is in node buckets is the reserve at work: the checkpoint before,
-    /// and room for the next.
-    pub published_node_bytes: AtomicI64,
+    /// Bytes of the trees' nodes, in all copies, counted from the moment that they exist, not when a checkpoint first writes them: a promise of
+    /// metadata ends with its commit, and what it became must be counted then. What else is in node buckets is the reserve at work: the
+    /// checkpoints that are kept, and room for the next.
+    pub node_bytes: AtomicI64,
     /// Emptied buckets that are not free yet.
     pub need_discard_buckets: AtomicI64,
     /// Held by those who add promises, so that two do not promise the same bytes.
@@ -178,17 +179,17 @@ impl Counters {
         self.metadata_buckets.load(Ordering::SeqCst).saturating_mul(signed(reserves.bucket_bytes))
     }
 
-    /// Metadata needs the published nodes and the reserve; its buckets may be more than that, when they are sparsely used.
+    /// Metadata needs the nodes and the reserve; its buckets may be more than that, when they are sparsely used.
     fn metadata_beyond_reserve(&self, reserves: &Reserves) -> i64 {
         let beyond = self.claimed_bytes(reserves).saturating_sub(signed(reserves.metadata_bytes()));
-        beyond.max(self.published_node_bytes.load(Ordering::SeqCst))
+        beyond.max(self.node_bytes.load(Ordering::SeqCst))
     }
 
     /// Buckets that an allocation at this watermark leaves alone: what is left of the reserves.
     #[must_use]
     pub fn floor_buckets(&self, reserves: &Reserves, watermark: Watermark) -> u64 {
-        let published = self.published_node_bytes.load(Ordering::SeqCst);
-        let wanted = published.saturating_add(signed(reserves.metadata_bytes()));
+        let nodes = self.node_bytes.load(Ordering::SeqCst);
+        let wanted = nodes.saturating_add(signed(reserves.metadata_bytes()));
         let metadata = unsigned(wanted.saturating_sub(self.claimed_bytes(reserves))).div_ceil(reserves.bucket_bytes);
         match watermark {
             Watermark::Normal => metadata + reserves.copygc_buckets,
@@ -244,7 +245,7 @@ impl Counters {
             available_bytes: reserves.data_within(free_bytes),
             data_bytes: unsigned(self.data_bytes.load(Ordering::SeqCst)),
             unwritten_bytes: unsigned(self.unwritten_bytes.load(Ordering::SeqCst)),
-            published_node_bytes: unsigned(self.published_node_bytes.load(Ordering::SeqCst)),
+            node_bytes: unsigned(self.node_bytes.load(Ordering::SeqCst)),
             metadata_bytes: unsigned(self.metadata_buckets.load(Ordering::SeqCst))
                 .saturating_mul(reserves.bucket_bytes),
             reserved_bytes: unsigned(self.reserved_bytes.load(Ordering::SeqCst)),
@@ -274,8 +275,8 @@ pub struct Usage {
     pub unwritten_bytes: u64,
     /// Bytes of buckets that nodes have.
     pub metadata_bytes: u64,
-    /// Bytes of the newest checkpoint's nodes; the rest of the buckets is room for the next ones, out of the reserve.
-    pub published_node_bytes: u64,
+    /// Bytes of the trees' nodes, written or not; the rest of the buckets is room for the next ones, out of the reserve.
+    pub node_bytes: u64,
     /// Bytes promised to writes that are not committed, overhead included.
     pub reserved_bytes: u64,
     /// Bytes of a bucket.

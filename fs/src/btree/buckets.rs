@@ -8,20 +8,25 @@ use super::node::Node;
 use crate::error::{Error, Result};
 use crate::format::Position;
 use crate::sync::Arc;
+use crate::sync::atomic::Ordering;
 use crate::units::{BucketIndex, DeviceIndex, JournalSequence};
+
+/// From this fill of the journal on no buckets are given back.
+const GIVE_BACK_FILL_PERMILLE: u32 = 500;
 
 /// Where buckets for nodes come from. The calls run a journalled transaction each, and hold no node lock when they are made.
 pub trait NodeBuckets: Send + Sync {
-    /// Gives `count` free buckets to nodes; more or fewer than asked, but not none. Must not wait for a checkpoint.
+    /// Gives `count` free buckets to nodes, in as few transactions as can be; more or fewer than asked, but not none. Must not wait for a
+    /// checkpoint.
     ///
     /// # Errors
     /// If there are none.
     fn claim(&self, count: usize) -> Result<Vec<(DeviceIndex, BucketIndex)>>;
-    /// Takes a bucket back that no kept checkpoint uses.
+    /// Takes buckets back that no kept checkpoint uses, in one transaction.
     ///
     /// # Errors
     /// If the transaction fails.
-    fn release(&self, device: DeviceIndex, bucket: BucketIndex) -> Result<JournalSequence>;
+    fn release(&self, buckets: &[(DeviceIndex, BucketIndex)]) -> Result<JournalSequence>;
 }
 
 impl Forest {
@@ -30,10 +35,12 @@ impl Forest {
         let _ = self.node_buckets.set(node_buckets);
     }
 
-    /// Bytes of the slots that the newest checkpoint's nodes take, all copies counted. Takes the node space's lock.
+    /// Bytes of the slots that the trees' nodes take, or will take with the next checkpoint, all copies counted; each tree's root is
+    /// counted even while it is empty. No lock.
     #[must_use]
-    pub fn published_bytes(&self) -> u64 {
-        self.space.lock().used_slots() as u64 * self.limits.node_bytes as u64
+    pub fn node_bytes(&self) -> u64 {
+        let nodes = u64::try_from(self.node_count.load(Ordering::Relaxed)).unwrap_or(0);
+        nodes * (self.limits.copies * self.limits.node_bytes) as u64
     }
 
     /// Slots that a checkpoint would take now: full images of dirty nodes, and some for their parents.
@@ -73,17 +80,23 @@ impl Forest {
         }
     }
 
-    /// Gives a few buckets back if many slots are free.
-    pub(super) fn give_back_surplus(&self, needed: usize) -> Result<()> {
+    /// Gives a few buckets back if many slots are free. Not while the journal is filling up: that is for what must be logged.
+    pub(super) fn give_back_surplus(&self, needed: usize, log: &dyn CheckpointLog) -> Result<()> {
         let Some(node_buckets) = self.node_buckets.get() else { return Ok(()) };
+        if log.fill_permille() >= GIVE_BACK_FILL_PERMILLE {
+            return Ok(());
+        }
         let surplus = {
-            let space = self.space.lock();
+            let mut space = self.space.lock();
             let keep = needed * 2 + space.used_slots() / 2 + 4 * space.bucket_slots();
-            space.surplus(keep, 8)
+            let surplus = space.surplus(keep, 8);
+            for &(device, bucket) in &surplus {
+                space.forget_bucket(device, bucket)?;
+            }
+            surplus
         };
-        for (device, bucket) in surplus {
-            self.space.lock().forget_bucket(device, bucket)?;
-            node_buckets.release(device, bucket)?;
+        if !surplus.is_empty() {
+            node_buckets.release(&surplus)?;
         }
         Ok(())
     }

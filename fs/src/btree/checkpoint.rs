@@ -184,7 +184,7 @@ impl Forest {
         self.metrics.checkpoints.increment();
         // Nothing is logged after the checkpoint that closes a filesystem.
         if reason != CheckpointReason::Close {
-            self.give_back_surplus(needed)?;
+            self.give_back_surplus(needed, log)?;
         }
         Ok(outcome)
     }

@@ -11,6 +11,7 @@ use crate::error::Result;
 use crate::format::node::NodePointer;
 use crate::format::{BtreeId, Position};
 use crate::sync::Arc;
+use crate::sync::atomic::Ordering;
 
 /// Most merges by one checkpoint.
 const MERGES_MAX: usize = 512;
@@ -119,6 +120,7 @@ impl Forest {
             // Two children have become neighbours below one parent.
             self.small_nodes.lock().insert((below, left.btree, right_at));
         }
+        self.node_count.fetch_sub(1, Ordering::Relaxed);
         self.metrics.btree_merges.increment();
         true
     }
@@ -156,6 +158,7 @@ impl Forest {
             }
             content.unimaged.clear();
             self.retire(&root, &mut content);
+            self.node_count.fetch_sub(1, Ordering::Relaxed);
             *slot = child.node;
         }
     }

@@ -45,7 +45,7 @@ use crate::format::node::NodePointer;
 use crate::format::superblock::Superblock;
 use crate::format::{BtreeId, Position, Value};
 use crate::metrics::Metrics;
-use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use crate::sync::{Arc, Mutex, RwLock};
 #[cfg(test)]
 use crate::units::JournalSequence;
@@ -153,6 +153,8 @@ pub struct Forest {
     roots: Vec<RwLock<Arc<Node>>>,
     dirty: Mutex<DirtyNodes>,
     dirty_count: AtomicU64,
+    /// Nodes of the trees, written or not. Signed, since a merge may be counted before the split that it undoes.
+    node_count: AtomicI64,
     /// Dirty nodes whose next image needs a new slot.
     dirty_slots: AtomicU64,
     /// Nodes that are being read.
@@ -212,6 +214,7 @@ impl Forest {
             roots: Vec::new(),
             dirty: Mutex::default(),
             dirty_count: AtomicU64::new(0),
+            node_count: AtomicI64::new(0),
             dirty_slots: AtomicU64::new(0),
             loading: Mutex::default(),
             loaded: Event::new(),
@@ -233,6 +236,9 @@ impl Forest {
             let root = forest.open_root(btree, &opening.newest)?;
             forest.roots.push(RwLock::new(root));
         }
+        let published = forest.space.lock().used_slots() / limits.copies;
+        let unwritten_roots = BtreeId::ALL.len().saturating_sub(opening.newest.roots.len());
+        forest.node_count = AtomicI64::new(i64::try_from(published + unwritten_roots).unwrap_or(i64::MAX));
         Ok(Arc::new(forest))
     }
 
@@ -290,6 +296,11 @@ impl Forest {
             (count.load(Ordering::Relaxed) * node_bytes).saturating_mul(1000) / most.max(node_bytes)
         };
         share(&self.dirty_slots, self.dirty_bytes_max).max(share(&self.dirty_count, memory_max))
+    }
+
+    /// The cap on dirty nodes that need a slot.
+    fn dirty_nodes_max(&self) -> usize {
+        usize::try_from(self.dirty_bytes_max).unwrap_or(usize::MAX) / self.limits.node_bytes.max(1)
     }
 
     /// Bytes of the dirty nodes, each counted as a whole slot.

@@ -153,8 +153,10 @@ impl<'a> Attempt<'a> {
                 if self.structure_held {
                     return Err(Error::Restart);
                 }
+                // Many at once, so that a checkpoint claims a few times at most.
                 let free = self.forest.space.lock().free_slots();
-                let claimed = self.forest.ensure_slots(free + 8 * copies, self.log)?;
+                let more = 8 + self.forest.dirty_nodes_max() / 8;
+                let claimed = self.forest.ensure_slots(free + more * copies, self.log)?;
                 self.flush_upto = self.flush_upto.max(claimed);
             }
         }

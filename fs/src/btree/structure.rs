@@ -131,6 +131,7 @@ impl Forest {
         let root = Node::new(self.new_node_id(), node.btree, above);
         self.list_dirty(&root);
         *slot = self.cache.insert(root, bytes);
+        self.node_count.fetch_add(1, Ordering::Relaxed);
         Ok(true)
     }
 
@@ -143,6 +144,7 @@ impl Forest {
         let half = self.cache.insert(Node::new(self.new_node_id(), node.btree, half), bytes);
         self.list_dirty(&half);
         self.cache.recharge(node, content.memory_bytes());
+        self.node_count.fetch_add(1, Ordering::Relaxed);
         self.metrics.btree_splits.increment();
         half
     }

@@ -192,10 +192,17 @@ impl Data {
         let sources: Vec<Source<'_>> =
             runs.iter().zip(&copied).filter_map(|(run, copied)| source(run, copied, limit, block)).collect();
         let data_end = runs.last().map_or(0, |run| run.offset.saturating_add(run.length())).min(limit);
-        let items = self.encode(&sources);
-        let placed = self.place(items, point, watermark)?;
-        self.submit_writes(&placed)?;
-        self.commit_placed(inode, &placed, data_end, commit)
+        let mut items = self.encode(&sources);
+        let mut change = Change { sequence: JournalSequence(0), inode: None };
+        loop {
+            let placed = self.place(&mut items, point, watermark)?;
+            self.submit_writes(&placed)?;
+            let committed = self.commit_placed(inode, &placed, data_end, commit)?;
+            change = Change { sequence: change.sequence.max(committed.sequence), inode: committed.inode };
+            if items.is_empty() || change.inode.is_none() {
+                return Ok(change);
+            }
+        }
     }
 
     /// Compresses and checksums.
@@ -250,23 +257,41 @@ impl Data {
         Item::Raw { offset: unit.offset, length: unit.length, slices: unit.slices.into_vec(), checksums }
     }
 
-    /// Gives every item its place. A frame that does not fit into what is left of the open bucket is cut so that its first part does.
+    /// Gives items their places, in order, as many as there is space for without waiting, but one at least: nobody waits for space while
+    /// holding some, or all who write could wait for each other. What is left stays in `items`. A frame that does not fit into what is left of the
+    /// open bucket is cut so that its first part does.
     fn place<'a>(
         &self,
-        mut items: VecDeque<Item<'a>>,
+        items: &mut VecDeque<Item<'a>>,
         point: WritePoint,
         watermark: Watermark,
     ) -> Result<Vec<Placed<'a>>> {
         let mut placed = Vec::with_capacity(items.len());
+        // The end of a bucket, too short for a frame: raw data that follows may use it.
         let mut spare: Option<Allocation> = None;
         while let Some(item) = items.pop_front() {
+            let (wanted, tail) = match &item {
+                Item::Raw { length, .. } => ((*length).min(self.extent_bytes_max), spare.take()),
+                Item::Frame { frame, .. } => (frame.bytes.len() as u64, None),
+            };
+            let wanted = u32::try_from(wanted).unwrap_or(u32::MAX);
+            let allocation = match tail {
+                Some(tail) => tail,
+                None if placed.is_empty() && spare.is_none() => self.space.allocate(point, wanted, watermark)?,
+                None => match self.space.allocate_now(point, wanted, watermark)? {
+                    Some(allocation) => allocation,
+                    None => {
+                        items.push_front(item);
+                        if !placed.is_empty() {
+                            break;
+                        }
+                        spare = None;
+                        continue;
+                    }
+                },
+            };
             match item {
                 Item::Raw { offset, slices, length, checksums } => {
-                    let wanted = u32::try_from(length.min(self.extent_bytes_max)).unwrap_or(u32::MAX);
-                    let allocation = match spare.take() {
-                        Some(spare) => spare,
-                        None => self.space.allocate(point, wanted, watermark)?,
-                    };
                     let fits = u64::from(allocation.length).min(u64::from(wanted));
                     let (head, rest) = cut_raw(offset, slices, length, checksums, fits, self.shape.block_bytes);
                     if let Some(rest) = rest {
@@ -276,34 +301,28 @@ impl Data {
                     let value = self.raw_extent(&allocation, length, checksums);
                     placed.push(Placed { offset, value, stored: Stored::Slices(slices), allocation });
                 }
-                Item::Frame { unit, frame } => {
-                    let needed = u32::try_from(frame.bytes.len()).unwrap_or(u32::MAX);
-                    let allocation = self.space.allocate(point, needed, watermark)?;
-                    if allocation.length >= needed {
-                        let checksum = self.stream_checksum(&frame);
-                        let value = self.frame_extent(&allocation, &unit, &frame, checksum);
-                        let stored = Stored::Frame(frame.bytes);
-                        placed.push(Placed { offset: unit.offset, value, stored, allocation });
-                        continue;
-                    }
-                    match self.refit(&unit, needed, allocation.length) {
-                        Some((first_unit, first, rest)) => {
-                            items.push_front(rest);
-                            let checksum = self.stream_checksum(&first);
-                            let value = self.frame_extent(&allocation, &first_unit, &first, checksum);
-                            let stored = Stored::Frame(first.bytes);
-                            placed.push(Placed { offset: first_unit.offset, value, stored, allocation });
-                        }
-                        None => {
-                            // The end of a bucket: raw data that follows may use it.
-                            items.push_front(Item::Frame { unit, frame });
-                            spare = Some(allocation);
-                        }
-                    }
+                Item::Frame { unit, frame } if allocation.length >= wanted => {
+                    placed.push(self.placed_frame(&unit, frame, allocation));
                 }
+                Item::Frame { unit, frame } => match self.refit(&unit, wanted, allocation.length) {
+                    Some((first_unit, first, rest)) => {
+                        items.push_front(rest);
+                        placed.push(self.placed_frame(&first_unit, first, allocation));
+                    }
+                    None => {
+                        items.push_front(Item::Frame { unit, frame });
+                        spare = Some(allocation);
+                    }
+                },
             }
         }
         Ok(placed)
+    }
+
+    fn placed_frame<'a>(&self, unit: &Unit<'_>, frame: EncodedFrame, allocation: Allocation) -> Placed<'a> {
+        let checksum = self.stream_checksum(&frame);
+        let value = self.frame_extent(&allocation, unit, &frame, checksum);
+        Placed { offset: unit.offset, value, stored: Stored::Frame(frame.bytes), allocation }
     }
 
     /// Cuts a frame that needs `needed` bytes so that its first part fits into `room` bytes.

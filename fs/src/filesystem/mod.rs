@@ -212,4 +212,6 @@ const CHECKPOINT_IDLE: Duration = Duration::from_secs(30);
 #[cfg(all(test, not(loom)))]
 mod tests;
 #[cfg(all(test, not(loom)))]
+mod tests_fill;
+#[cfg(all(test, not(loom)))]
 mod tests_pressure;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::{CHECKPOINT_IDLE, Filesystem, FormatOptions, format};
 use crate::alloc::{Reserves, TestSwitches};
-use crate::btree::{CheckpointLog, CheckpointReason, Forest, ForestConfig, NodeBuckets, NodeReader, Opening};
+use crate::btree::{CheckpointLog, CheckpointReason, Forest, ForestConfig, NodeReader, Opening};
 use crate::data::{Compression, Data, DataOptions};
 use crate::device::{BlockDevice, CheckedDevice, FileDevice, FileOptions, is_same_image};
 use crate::env::{Env, Worker};
@@ -25,7 +25,7 @@ use crate::space::Space;
 use crate::sync::Mutex;
 use crate::sync::atomic::AtomicU64;
 use crate::transaction::{CommitOptions, Transaction, Transactions};
-use crate::units::{BucketIndex, DeviceIndex, InodeNumber, JournalSequence, SnapshotId};
+use crate::units::{InodeNumber, SnapshotId};
 use crate::vfs::{AccessTime, Vfs, VfsConfig, VfsOptions};
 use crate::workers::{OnFailure, WorkerThreads};
 
@@ -180,30 +180,6 @@ fn unescape(field: &str) -> String {
     [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")]
         .iter()
         .fold(field.to_owned(), |text, (from, to)| text.replace(from, to))
-}
-
-/// Space as the trees' nodes see it. Weak, since space is above the trees and refers to them.
-struct SpaceForNodes(std::sync::Weak<Space>);
-
-impl SpaceForNodes {
-    fn space(&self) -> Result<Arc<Space>> {
-        self.0.upgrade().ok_or(Error::Shutdown)
-    }
-}
-
-impl NodeBuckets for SpaceForNodes {
-    fn claim(&self, count: usize) -> Result<Vec<(DeviceIndex, BucketIndex)>> {
-        Ok(self
-            .space()?
-            .claim_node_buckets(count)?
-            .into_iter()
-            .map(|claimed| (claimed.device, claimed.bucket))
-            .collect())
-    }
-
-    fn release(&self, device: DeviceIndex, bucket: BucketIndex) -> Result<JournalSequence> {
-        self.space()?.release_node_bucket(device, bucket)
-    }
 }
 
 fn check_features(superblock: &Superblock, read_only: bool) -> Result<()> {
@@ -367,7 +343,7 @@ impl Filesystem {
             Arc::clone(&metrics),
             options.switches,
         )?;
-        forest.set_node_buckets(Arc::new(SpaceForNodes(Arc::downgrade(&space))));
+        forest.set_node_buckets(space.node_buckets());
         prepare(&transactions)?;
         let filesystem = Self::assemble(
             superblock,

@@ -51,6 +51,7 @@ use crate::units::JournalSequence;
 use chain::Chain;
 pub use read::{Log, LogRecord, read_log};
 use ring::Ring;
+pub use ring::checkpoint_blocks;
 use state::State;
 pub use totals::Totals;
 
@@ -144,7 +145,8 @@ pub enum JournalWatermark {
     Normal,
     /// Copygc, discard, deletes: what gives space back.
     Reclaim,
-    /// What a checkpoint itself commits (claims of node buckets).
+    /// What a checkpoint itself commits (claims of node buckets). Never waits: what two checkpoints log fits the reserve, and if it does not that is
+    /// an error, since nobody else could make room.
     Checkpoint,
 }
 
@@ -372,12 +374,13 @@ impl Journal {
     }
 
     /// As [`Self::want_reusable`], but at once and by the caller: flushes, and if needed writes and flushes an empty record. Returns whether
-    /// `upto` (or the newest record, if lower) is reusable now; false only if the ring has no room for the empty record.
+    /// `upto` (or the newest record, if lower) is reusable now; false if the ring has no room for the empty record at this watermark: a
+    /// checkpoint is asked for then.
     ///
     /// # Errors
     /// As [`Self::flush`].
-    pub fn make_reusable(&self, upto: JournalSequence) -> Result<bool> {
-        self.inner.make_reusable(upto)
+    pub fn make_reusable(&self, upto: JournalSequence, watermark: JournalWatermark) -> Result<bool> {
+        self.inner.make_reusable(upto, ring::Statement::FreeSpace(watermark))
     }
 
     /// Notified when [`Self::flushed`] or [`Self::reusable`] has moved, and when the journal latches.

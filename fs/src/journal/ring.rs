@@ -16,6 +16,23 @@ pub(super) const BLOCK_BYTES: u64 = RECORD_ALIGNMENT_BYTES as u64;
 /// Fewer blocks than this cannot hold two checkpoints' records beside ordinary ones.
 const RING_BLOCKS_MIN: u64 = 16;
 
+/// Blocks of a ring of `blocks` blocks that only checkpoints may fill, for what two of them log: two, since the first may free nothing.
+#[must_use]
+pub const fn checkpoint_blocks(blocks: u64) -> u64 {
+    if blocks / 8 > 2 { blocks / 8 } else { 2 }
+}
+
+/// What an empty record that states D is for, and so how much of the ring may be full of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Statement {
+    /// An idle journal says how far it is.
+    Idle,
+    /// Somebody wants emptied buckets free: as much as their own commits may fill.
+    FreeSpace(JournalWatermark),
+    /// Ring space is free as soon as this is durable: everything.
+    Release,
+}
+
 /// One copy of the ring.
 #[derive(Clone, Debug)]
 pub(super) struct RingCopy {
@@ -59,10 +76,11 @@ impl Ring {
             copies.push(RingCopy { device: usize::from(range.device), start: range.first * bucket_bytes });
         }
         let blocks = bytes / BLOCK_BYTES;
-        // From the top: one block is never used (so that full and empty differ on disk too), three are for records that only
-        // state D, then what checkpoints need for two rounds of claims, then what frees space.
+        // From the top: one block is never used (so that full and empty differ on disk too), three are for the records that state D
+        // so that a release takes effect, then what two checkpoints log, then what frees space. `alloc::capacity` caps the dirty nodes so
+        // that the claims of a checkpoint fit its share.
         let checkpoint = blocks - 4;
-        let reclaim = checkpoint - (blocks / 8).max(2);
+        let reclaim = checkpoint - checkpoint_blocks(blocks);
         let normal = reclaim - (blocks / 16).max(2);
         Ok(Self {
             bytes,
@@ -94,8 +112,12 @@ impl Ring {
     }
 
     /// How many bytes may be in use after an empty record that states D.
-    pub fn statement_limit(&self) -> u64 {
-        self.bytes - BLOCK_BYTES
+    pub fn statement_limit(&self, purpose: Statement) -> u64 {
+        match purpose {
+            Statement::Idle => self.normal,
+            Statement::FreeSpace(watermark) => self.limit(watermark),
+            Statement::Release => self.bytes - BLOCK_BYTES,
+        }
     }
 
     /// Bytes of the largest record that fits an empty ring wherever its head is: wrapping wastes less than the record's length.

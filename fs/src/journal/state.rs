@@ -16,7 +16,7 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use super::JournalWatermark;
-use super::ring::{BLOCK_BYTES, Ring};
+use super::ring::{BLOCK_BYTES, Ring, Statement};
 use super::totals::{ACCOUNTING_BYTES_MAX, Totals};
 use crate::error::{Error, Result};
 use crate::format::journal::{AccountingCounter, RecordHeader};
@@ -147,6 +147,8 @@ pub(super) struct State {
     pub reusable: JournalSequence,
     /// D of the newest encoded record.
     pub stated: JournalSequence,
+    /// The newest encoded record.
+    stated_by: JournalSequence,
     /// Newest durable record that is not empty.
     pub content_flushed: JournalSequence,
     pub flush_wanted: JournalSequence,
@@ -191,6 +193,7 @@ impl State {
             flushed: before,
             reusable: JournalSequence(0),
             stated: JournalSequence(0),
+            stated_by: before,
             content_flushed: JournalSequence(0),
             flush_wanted: before,
             reusable_wanted: JournalSequence(0),
@@ -202,7 +205,8 @@ impl State {
             statement_at: None,
             worker_wakes_at: None,
         };
-        if state.use_open_for_statement().is_some() {
+        if state.end_of(state.open_start, 0) - state.tail <= state.ring.statement_limit(Statement::Release) {
+            state.open.is_statement = true;
             state.seal();
         }
         state
@@ -302,10 +306,17 @@ impl State {
         }
     }
 
-    /// Makes sure that a record will be written whose D is at least what is flushed now; returns its sequence. None if the ring has
-    /// no room even for that.
-    pub fn use_open_for_statement(&mut self) -> Option<JournalSequence> {
-        if !self.open.is_used() && self.end_of(self.open_start, 0) - self.tail > self.ring.statement_limit() {
+    /// Makes sure that a record is on its way whose D is at least `upto`, which is flushed; returns its sequence. None if the ring has
+    /// no room for another. One that is sealed and waits for an append will state what is flushed when it is encoded: so any number of
+    /// statements that are wanted behind a slow reservation, or by many at once, are one record, and never fill the ring.
+    pub fn statement(&mut self, upto: JournalSequence, purpose: Statement) -> Option<JournalSequence> {
+        if self.stated >= upto {
+            return Some(self.stated_by);
+        }
+        if let Some(waiting) = self.sealed.back() {
+            return Some(waiting.sequence);
+        }
+        if !self.open.is_used() && self.end_of(self.open_start, 0) - self.tail > self.ring.statement_limit(purpose) {
             return None;
         }
         self.open.is_statement = true;
@@ -357,6 +368,7 @@ impl State {
     pub fn push_encoded(&mut self, encoded: Encoded, head: u64) {
         debug_assert!(head - self.tail < self.ring.bytes, "the ring would be overwritten");
         self.stated = self.stated.max(encoded.unflushed.known_flushed);
+        self.stated_by = encoded.unflushed.sequence;
         self.encoded.push_back(encoded);
         self.open_start =
             self.sealed.iter().fold(head, |position, record| self.end_of(position, record.reserved_bytes));

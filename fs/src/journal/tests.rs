@@ -289,10 +289,10 @@ fn reusable_follows_the_next_durable_record() {
     let second = commit(&journal, 2, 10);
     journal.flush(second).unwrap();
     assert!(journal.reusable() >= first && journal.reusable() < second);
-    assert!(journal.make_reusable(second).unwrap());
+    assert!(journal.make_reusable(second, JournalWatermark::Reclaim).unwrap());
     assert!(journal.reusable() >= second);
     let newest = journal.newest();
-    assert!(journal.make_reusable(second).unwrap());
+    assert!(journal.make_reusable(second, JournalWatermark::Reclaim).unwrap());
     assert_eq!(journal.newest(), newest, "no further record for what is stated");
 }
 
@@ -359,11 +359,18 @@ fn a_full_ring_keeps_room_for_those_who_empty_it() {
     assert!(journal.fill_permille() >= 1000);
     assert!(journal.try_reserve(10, JournalWatermark::Normal).is_none(), "a new record needs a block");
     let newest = journal.newest();
-    assert!(journal.make_reusable(newest).unwrap(), "and there is still room to state D");
+    assert!(
+        !journal.make_reusable(newest, JournalWatermark::Reclaim).unwrap(),
+        "what checkpoints need is left to them"
+    );
+    let stated = journal.inner.make_reusable(newest, ring::Statement::Release).unwrap();
+    assert!(stated, "and there is still room to state D");
     assert!(journal.reusable() >= newest);
     // Nobody can make room here, and the simulation sees that.
     assert!(matches!(journal.wait_for_space(10, JournalWatermark::Normal), Err(Error::Bug(_))));
-    assert_eq!(asked.load(Ordering::Relaxed), 2);
+    assert_eq!(asked.load(Ordering::Relaxed), 3);
+    // A checkpoint that waited for a checkpoint would wait for ever: it is told at once.
+    assert!(matches!(journal.wait_for_space(3000, JournalWatermark::Checkpoint), Err(Error::Bug(_))));
     assert!(matches!(journal.wait_for_space(1 << 20, JournalWatermark::Normal), Err(Error::Bug(_))));
 
     let first = take_checkpoint(&journal, 1);
@@ -374,6 +381,34 @@ fn a_full_ring_keeps_room_for_those_who_empty_it() {
     commit(&journal, 2, 10);
     journal.close().unwrap();
     assert_eq!(log_numbers(&read_log(&config, &first).unwrap()), [2]);
+}
+
+/// Mechanism: while a reservation is not appended, its record cannot be encoded, nor what is behind it; so D, which was to be stated, stayed unstated, and
+/// the worker sealed one empty record after the other. Consequence: a full ring of them, and everybody waited for a checkpoint that had no room.
+#[test]
+fn statements_behind_a_slow_reservation_do_not_fill_the_ring() {
+    let env = Env::simulated(3);
+    let (_, config) = simulated(2, 1);
+    let journal = Journal::open(config, JournalStart::fresh(), env.clone(), Default::default()).unwrap();
+    env.register(journal.workers().remove(0));
+    let durable = commit(&journal, 1, 10);
+    journal.flush(durable).unwrap();
+    let payload = entry(2, 10);
+    let slow = journal.try_reserve(payload.len(), JournalWatermark::Normal).unwrap();
+    journal.want_reusable(durable);
+    let fill = journal.fill_permille();
+    let worker = journal.workers().remove(0);
+    for _ in 0..100 {
+        env.advance_clock();
+        let _ = worker.step(8);
+        let _ = env.step_random_worker();
+    }
+    let (newest, fill_after) = (journal.newest(), journal.fill_permille());
+    assert!(newest <= slow.sequence().next(), "record {newest} behind the slow one {}", slow.sequence());
+    assert!(fill_after <= fill + 100, "the ring went from {fill} to {fill_after} permille by itself");
+    journal.append(slow, payload, 1, &[], false);
+    run_for(&env, &journal, Duration::from_millis(200));
+    assert!(journal.reusable() >= durable, "what was wanted is stated in the end");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::ring::flush_all;
+use super::ring::{Statement, flush_all};
 use super::state::{Encoded, State};
 use super::{Inner, JournalWatermark};
 use crate::device::WriteRequest;
@@ -145,6 +145,12 @@ impl Inner {
                     if let Some(sequence) = state.release_waits_for().filter(|&wanted| Some(wanted) != unstatable) {
                         return Some(Ok(Next::State(sequence)));
                     }
+                    if watermark == JournalWatermark::Checkpoint {
+                        // Only a checkpoint could help, and this is one: say so instead of waiting for ever. The reserve excludes it.
+                        let problem =
+                            format!("a checkpoint lacks {payload_bytes} bytes of the journal's reserve for it");
+                        return Some(Err(Error::Bug(problem)));
+                    }
                     if asked_at != Some(state.release_count) {
                         asked_at = Some(state.release_count);
                         drop(state);
@@ -169,7 +175,7 @@ impl Inner {
                         break Err(error);
                     }
                 }
-                Ok(Ok(Next::State(sequence))) => match self.make_reusable(sequence) {
+                Ok(Ok(Next::State(sequence))) => match self.make_reusable(sequence, Statement::Release) {
                     Err(error) => break Err(error),
                     // Not possible now (no room even for that, or the release is past the log's end): only a later release can help.
                     Ok(_) => unstatable = Some(sequence),
@@ -320,7 +326,7 @@ impl Inner {
         }
     }
 
-    pub fn make_reusable(&self, upto: JournalSequence) -> Result<bool> {
+    pub fn make_reusable(&self, upto: JournalSequence, purpose: Statement) -> Result<bool> {
         self.flush(upto)?;
         let statement = {
             let mut state = self.state.lock();
@@ -329,11 +335,12 @@ impl Inner {
                 return Ok(true);
             }
             state.statement_at = Some(self.env.monotonic());
-            // The open record is encoded after this: its D is at least `flushed`.
-            match state.use_open_for_statement() {
-                Some(sequence) => sequence,
-                None => return Ok(false),
-            }
+            state.statement(upto, purpose)
+        };
+        let Some(statement) = statement else {
+            // Ring space is what is missing.
+            self.ask_for_checkpoint();
+            return Ok(false);
         };
         self.flush(statement)?;
         Ok(true)
@@ -362,7 +369,7 @@ enum Job {
     /// Write sealed records; the turn is taken.
     Write,
     Commit(JournalSequence),
-    MakeReusable(JournalSequence),
+    MakeReusable(JournalSequence, Statement),
     Sleep(Option<Duration>),
 }
 
@@ -391,18 +398,24 @@ impl Committer {
         if wanted > state.reusable {
             let due = state.statement_at.map_or(Duration::ZERO, |last| last + STATEMENT_INTERVAL);
             if due <= now {
-                return Job::MakeReusable(wanted);
+                let purpose = match state.release_waits_for() {
+                    Some(_) => Statement::Release,
+                    None => Statement::FreeSpace(JournalWatermark::Reclaim),
+                };
+                return Job::MakeReusable(wanted, purpose);
             }
             at(due);
         }
         let mut must_write = state.has_unwritten();
-        if state.content_flushed > state.stated && !must_write {
+        // What is sealed and waits for an append will state it, and wakes this worker.
+        if state.content_flushed > state.stated && !must_write && state.sealed.is_empty() {
             let due = state.written_at + STATEMENT_INTERVAL;
             if due > now {
                 at(due);
             } else {
                 // Without room for it the log's end is already full of records that state earlier ones.
-                must_write = state.use_open_for_statement().is_some();
+                let durable = state.content_flushed;
+                must_write = state.statement(durable, Statement::Idle).is_some();
             }
         }
         if must_write {
@@ -428,8 +441,8 @@ impl Worker for Committer {
             Job::Sleep(timeout) => return Ok(Progress::Idle(timeout)),
             Job::Write => self.inner.turn()?,
             Job::Commit(upto) => self.inner.flush(upto)?,
-            Job::MakeReusable(upto) => {
-                if !self.inner.make_reusable(upto)? {
+            Job::MakeReusable(upto, purpose) => {
+                if !self.inner.make_reusable(upto, purpose)? {
                     return Ok(Progress::Idle(Some(STATEMENT_INTERVAL)));
                 }
             }

@@ -35,7 +35,7 @@ use crate::format::journal::AccountingCounter;
 use crate::format::space::Bucket;
 use crate::format::superblock::Superblock;
 use crate::format::{BtreeId, Position};
-use crate::journal::Journal;
+use crate::journal::{Journal, JournalWatermark};
 use crate::metrics::Metrics;
 use crate::sync::Arc;
 use crate::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -155,13 +155,8 @@ impl Space {
     /// # Errors
     /// [`Error::NoSpace`]. Dirty data that overwrites or compresses gives back more than it is charged with, so write back first, then ask again.
     pub fn reserve(&self, bytes: u64) -> Result<SpaceReservation> {
-        match self.allocator.reserve(bytes) {
-            Err(Error::NoSpace(_)) => {
-                self.refresh_node_bytes();
-                self.allocator.reserve(bytes)
-            }
-            outcome => outcome,
-        }
+        self.refresh_node_bytes();
+        self.allocator.reserve(bytes)
     }
 
     /// Promises the space of about `key_bytes` of new keys and values: for operations that make metadata and no data (create, link, setxattr).
@@ -169,19 +164,14 @@ impl Space {
     /// # Errors
     /// [`Error::NoSpace`].
     pub fn reserve_metadata(&self, key_bytes: u64) -> Result<SpaceReservation> {
-        match self.allocator.reserve_metadata(key_bytes) {
-            Err(Error::NoSpace(_)) => {
-                self.refresh_node_bytes();
-                self.allocator.reserve_metadata(key_bytes)
-            }
-            outcome => outcome,
-        }
+        self.refresh_node_bytes();
+        self.allocator.reserve_metadata(key_bytes)
     }
 
-    /// Learns what the nodes of the newest checkpoint take.
+    /// Learns what the trees' nodes take.
     fn refresh_node_bytes(&self) {
-        let bytes = i64::try_from(self.transactions.forest().published_bytes()).unwrap_or(i64::MAX);
-        self.allocator.counters().published_node_bytes.store(bytes, Ordering::SeqCst);
+        let bytes = i64::try_from(self.transactions.forest().node_bytes()).unwrap_or(i64::MAX);
+        self.allocator.counters().node_bytes.store(bytes, Ordering::SeqCst);
     }
 
     /// Promises from the reserve, never refused: for what gives space back (truncate's partial block), for copygc, and for writes into space
@@ -211,7 +201,24 @@ impl Space {
         }
     }
 
-    /// As [`Self::allocate`], but `None` where that would wait for a bucket: for copygc, which others wait for.
+    /// As [`Self::allocate`], but `None` where that would wait for a bucket: for those who hold space already.
+    ///
+    /// # Errors
+    /// The device's, or damage.
+    pub fn allocate_now(&self, point: WritePoint, bytes: u32, watermark: Watermark) -> Result<Option<Allocation>> {
+        loop {
+            match self.allocator.take(point, bytes, watermark) {
+                Take::Space(allocation) => return Ok(Some(allocation)),
+                Take::Refill => {
+                    self.allocator.refill(&store::Store::new(self))?;
+                }
+                Take::Full if self.free_now()? => {}
+                Take::Full => return Ok(None),
+            }
+        }
+    }
+
+    /// As [`Self::allocate_now`], for copygc, which others wait for.
     ///
     /// # Errors
     /// The device's, or damage.
@@ -261,7 +268,7 @@ impl Space {
     fn free_now(&self) -> Result<bool> {
         self.allocator.close_empty();
         let Some((_, newest)) = self.allocator.emptied_span() else { return Ok(false) };
-        self.journal.make_reusable(newest)?;
+        self.journal.make_reusable(newest, JournalWatermark::Reclaim)?;
         Ok(self.free_emptied(CommitOptions::reclaim(), 64)? > 0)
     }
 
@@ -312,6 +319,12 @@ impl Space {
     #[must_use]
     pub fn workers(self: &Arc<Self>) -> Vec<Arc<dyn Worker>> {
         vec![Arc::new(free::FreeWorker::new(Arc::clone(self)))]
+    }
+
+    /// The allocator's state, to be shown when a test hangs.
+    #[cfg(test)]
+    pub(crate) fn allocator_for_tests(&self) -> &Allocator {
+        &self.allocator
     }
 
     fn bucket_count(&self, device: DeviceIndex) -> u64 {

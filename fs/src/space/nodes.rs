@@ -10,6 +10,7 @@ use crate::btree::NodeBuckets;
 use crate::error::{Error, Result};
 use crate::format::space::BucketState;
 use crate::format::{BtreeId, Position};
+use crate::journal::JournalWatermark;
 use crate::sync::Arc;
 use crate::sync::atomic::Ordering;
 use crate::transaction::{BucketChange, CommitOptions};
@@ -17,6 +18,13 @@ use crate::units::{BucketIndex, DeviceIndex, JournalSequence};
 
 use super::store::{Store, range_end, untouched_from};
 use super::{Space, bucket_position};
+
+/// Most buckets that one transaction claims.
+const CLAIM_BUCKETS_MAX: usize = 64;
+/// Bytes that a claim may put into one leaf, for each bucket.
+const CLAIM_LEAF_BYTES: usize = 64;
+/// Emptied buckets that are freed when a claim finds no free ones: at least so many.
+const FREE_BUCKETS_MIN: usize = 16;
 
 /// Half of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -53,8 +61,8 @@ impl NodeBuckets for NodeSource {
         Ok(claimed.into_iter().map(|claimed| (claimed.device, claimed.bucket)).collect())
     }
 
-    fn release(&self, device: DeviceIndex, bucket: BucketIndex) -> Result<JournalSequence> {
-        self.space()?.release_node_bucket(device, bucket)
+    fn release(&self, buckets: &[BucketKey]) -> Result<JournalSequence> {
+        self.space()?.release_node_buckets(buckets)
     }
 }
 
@@ -65,64 +73,86 @@ impl Space {
         Arc::new(NodeSource(Arc::downgrade(self)))
     }
 
-    /// Claims `count` buckets for nodes, in journalled transactions at the checkpoint's watermark: with two copies of metadata every other one in the upper
-    /// half. The claims are durable when the journal is flushed up to its newest record.
+    /// Claims `count` buckets for nodes, or as many as there are: with two copies of metadata every other one in the upper half. All of them in one
+    /// transaction where that fits a leaf, and with at most one look at what was emptied: this is what the journal's reserve for checkpoints is
+    /// made for. The claims are durable when the journal is flushed up to its newest record.
     ///
     /// # Errors
-    /// [`Error::NoSpace`] if no bucket is left at all; what was claimed before that is released again.
+    /// [`Error::NoSpace`] if no bucket is left at all; the device's.
     pub fn claim_node_buckets(&self, count: usize) -> Result<Vec<NodeBucket>> {
+        let at_once = (self.transactions.forest().leaf_bytes_max() / CLAIM_LEAF_BYTES).clamp(8, CLAIM_BUCKETS_MAX);
         let mut claimed = Vec::with_capacity(count);
-        for index in 0..count {
-            let low = self.superblock.geometry.metadata_replicas < 2 || index.is_multiple_of(2);
-            match self.claim_node_bucket(if low { Half::Low } else { Half::High }) {
-                Ok(bucket) => claimed.push(bucket),
+        let mut may_free = true;
+        while claimed.len() < count {
+            let held = self.hold_many(claimed.len(), at_once.min(count - claimed.len()))?;
+            if held.is_empty() {
+                if std::mem::take(&mut may_free) && self.free_for_nodes(count - claimed.len())? {
+                    continue;
+                }
+                break;
+            }
+            let outcome = self.transactions.run(CommitOptions::checkpoint(), |transaction| {
+                for key in &held {
+                    let change = BucketChange { to_state: Some(BucketState::Metadata), ..BucketChange::default() };
+                    transaction.change_bucket(key.0, key.1, change);
+                }
+                Ok(())
+            });
+            for key in &held {
+                self.allocator.finish(*key, None, false);
+            }
+            match outcome {
+                Ok(_) => claimed.extend(held.iter().map(|&key| NodeBucket {
+                    device: key.0,
+                    bucket: key.1,
+                    half: self.half_of(key),
+                })),
+                // Those that were claimed are the caller's; the next call meets the error again.
+                Err(_) if !claimed.is_empty() => break,
+                Err(error) => return Err(error),
+            }
+        }
+        self.refresh_node_bytes();
+        if claimed.is_empty() { Err(Error::NoSpace("no bucket is left for metadata")) } else { Ok(claimed) }
+    }
+
+    /// Holds up to `count` free buckets, of which the first is the `index`th of a claim.
+    fn hold_many(&self, index: usize, count: usize) -> Result<Vec<BucketKey>> {
+        let mut held = Vec::with_capacity(count);
+        while held.len() < count {
+            let is_low = self.superblock.geometry.metadata_replicas < 2 || (index + held.len()).is_multiple_of(2);
+            match self.hold_for_nodes(if is_low { Half::Low } else { Half::High }) {
+                Ok(Some(key)) => held.push(key),
+                Ok(None) => break,
                 Err(error) => {
-                    for NodeBucket { device, bucket, .. } in claimed {
-                        self.release_node_bucket(device, bucket)?;
+                    for key in held {
+                        self.allocator.finish(key, None, false);
                     }
                     return Err(error);
                 }
             }
         }
-        self.refresh_node_bytes();
-        Ok(claimed)
+        Ok(held)
     }
 
-    /// Claims one bucket, in this half if there is one.
-    ///
-    /// # Errors
-    /// As [`Self::claim_node_buckets`].
-    pub fn claim_node_bucket(&self, half: Half) -> Result<NodeBucket> {
-        loop {
-            if let Some(key) = self.hold_for_nodes(half)? {
-                let claimed = self.transactions.run(CommitOptions::checkpoint(), |transaction| {
-                    let change = BucketChange { to_state: Some(BucketState::Metadata), ..BucketChange::default() };
-                    transaction.change_bucket(key.0, key.1, change);
-                    Ok(())
-                });
-                self.allocator.finish(key, None, false);
-                claimed?;
-                return Ok(NodeBucket { device: key.0, bucket: key.1, half: self.half_of(key) });
-            }
-            // What was emptied but is not free: make it so, here and now.
-            self.allocator.close_empty();
-            let Some((_, newest)) = self.allocator.emptied_span() else { break };
-            self.journal.make_reusable(newest)?;
-            if self.free_emptied(CommitOptions::checkpoint(), 8)? == 0 {
-                break;
-            }
-        }
-        Err(Error::NoSpace("no bucket is left for metadata"))
+    /// Makes free what was emptied, here and now. Returns whether there was anything.
+    fn free_for_nodes(&self, count: usize) -> Result<bool> {
+        self.allocator.close_empty();
+        let Some((_, newest)) = self.allocator.emptied_span() else { return Ok(false) };
+        self.journal.make_reusable(newest, JournalWatermark::Checkpoint)?;
+        Ok(self.free_emptied(CommitOptions::checkpoint(), count.max(FREE_BUCKETS_MIN))? > 0)
     }
 
-    /// Takes a bucket back that no kept checkpoint uses. It is reusable when this is durable.
+    /// Takes buckets back that no kept checkpoint uses, in one transaction. They are reusable when this is durable.
     ///
     /// # Errors
-    /// The transaction's; [`Error::Bug`] if it is not a bucket of nodes.
-    pub fn release_node_bucket(&self, device: DeviceIndex, bucket: BucketIndex) -> Result<JournalSequence> {
+    /// The transaction's; [`Error::Bug`] if one is not a bucket of nodes.
+    pub fn release_node_buckets(&self, buckets: &[BucketKey]) -> Result<JournalSequence> {
         let committed = self.transactions.run(CommitOptions::checkpoint(), |transaction| {
-            let change = BucketChange { to_state: Some(BucketState::NeedDiscard), ..BucketChange::default() };
-            transaction.change_bucket(device, bucket, change);
+            for &(device, bucket) in buckets {
+                let change = BucketChange { to_state: Some(BucketState::NeedDiscard), ..BucketChange::default() };
+                transaction.change_bucket(device, bucket, change);
+            }
             Ok(())
         })?;
         Ok(committed.sequence)

@@ -79,7 +79,7 @@ impl NodeBuckets for PlainBuckets {
         *next += count as u64;
         Ok((first..*next).map(|bucket| (crate::units::DeviceIndex(0), crate::units::BucketIndex(bucket))).collect())
     }
-    fn release(&self, _: crate::units::DeviceIndex, _: crate::units::BucketIndex) -> Result<JournalSequence> {
+    fn release(&self, _: &[(crate::units::DeviceIndex, crate::units::BucketIndex)]) -> Result<JournalSequence> {
         Ok(JournalSequence(0))
     }
 }

@@ -106,9 +106,13 @@ impl NodeBuckets for TestBuckets {
         Ok(claimed)
     }
 
-    fn release(&self, device: DeviceIndex, bucket: BucketIndex) -> Result<JournalSequence> {
-        assert_eq!(device, DeviceIndex(0));
-        Ok(JournalSequence(self.change(bucket.0, BucketState::Free)))
+    fn release(&self, buckets: &[(DeviceIndex, BucketIndex)]) -> Result<JournalSequence> {
+        let mut sequence = 0;
+        for (device, bucket) in buckets {
+            assert_eq!(*device, DeviceIndex(0));
+            sequence = self.change(bucket.0, BucketState::Free);
+        }
+        Ok(JournalSequence(sequence))
     }
 }
 

@@ -90,7 +90,7 @@ impl Life {
             if !needs_ring {
                 self.journal.wait_for_space(entry(0, bytes).len(), JournalWatermark::Normal).unwrap();
             } else if let Some(sequence) = release_waits_for {
-                assert!(self.journal.make_reusable(sequence).unwrap());
+                assert!(self.journal.inner.make_reusable(sequence, ring::Statement::Release).unwrap());
             } else {
                 checkpoints += 1;
                 assert!(checkpoints <= 3, "checkpoints do not make room");

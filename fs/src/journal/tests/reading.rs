@@ -114,7 +114,7 @@ fn missing_data_cuts_the_log_for_ever() {
     let reservation = journal.try_reserve(payload.len(), JournalWatermark::Normal).unwrap();
     let sequence = reservation.sequence();
     journal.append(reservation, payload, 2, &[], false);
-    assert!(journal.make_reusable(sequence).unwrap());
+    assert!(journal.make_reusable(sequence, JournalWatermark::Reclaim).unwrap());
     device.write(data_offset, &[0; 1024]).unwrap();
     assert_eq!(log_numbers(&read_log(&config, &from).unwrap()), [3]);
 }

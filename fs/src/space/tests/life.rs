@@ -24,11 +24,12 @@ fn full_exactly_where_usage_says_and_all_of_it_comes_back() {
     assert!(written >= promised, "df called {promised} blocks available, {written} fitted");
     fixture.check();
     fixture.check_content();
-    // Deleting needs no space, and what it frees can be written at once: freed but not yet reusable counts as free.
+    // Deleting needs no space, and what it frees can be written at once: freed but not yet reusable counts as free. But for what the splits of a
+    // few nodes take, in both copies.
     for block in 0..100 {
         fixture.delete(block % 7 + 1, block).unwrap();
     }
-    for block in 0..90 {
+    for block in 0..70 {
         fixture.write(9, block).unwrap();
     }
     fixture.check();
@@ -38,7 +39,10 @@ fn full_exactly_where_usage_says_and_all_of_it_comes_back() {
     fixture.settle();
     fixture.check();
     let after = fixture.space.usage();
-    assert_eq!(after, Usage { need_discard_buckets: 0, ..before });
+    assert_eq!((after.data_bytes, after.reserved_bytes, after.data_buckets, after.need_discard_buckets), (0, 0, 0, 0));
+    assert_eq!(after.free_buckets, before.free_buckets);
+    // No checkpoint has merged the nodes yet.
+    assert_eq!(after.free_bytes + after.node_bytes, before.free_bytes + before.node_bytes);
     assert_eq!(fixture.early.load(Ordering::SeqCst), 0);
 }
 
@@ -184,10 +188,10 @@ fn node_buckets_lie_in_both_halves_and_come_back() {
     assert_eq!(claimed.iter().map(|bucket| bucket.bucket).collect::<BTreeSet<_>>().len(), 10);
     assert_eq!(fixture.space.usage().metadata_buckets, 10);
     fixture.check();
-    for bucket in &claimed[..6] {
-        fixture.space.release_node_bucket(bucket.device, bucket.bucket).unwrap();
-    }
-    assert!(matches!(fixture.space.release_node_bucket(DeviceIndex(0), BucketIndex(half + 300)), Err(Error::Bug(_))));
+    let released: Vec<_> = claimed[..6].iter().map(|bucket| (bucket.device, bucket.bucket)).collect();
+    fixture.space.release_node_buckets(&released).unwrap();
+    let foreign = (DeviceIndex(0), BucketIndex(half + 300));
+    assert!(matches!(fixture.space.release_node_buckets(&[foreign]), Err(Error::Bug(_))));
     fixture.check();
     fixture.settle();
     assert_eq!(fixture.space.usage().metadata_buckets, 4);

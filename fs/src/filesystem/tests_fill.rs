@@ -1,0 +1,228 @@
+//! Small images that are filled to the last byte, emptied and filled again, by several threads: nothing may hang, nothing may be refused that
+//! `df` offers, and what was deleted must come back.
+
+use std::ffi::OsStr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use super::format::test_geometry;
+use super::*;
+use crate::device::MemDevice;
+use crate::error::Error;
+use crate::sync::Mutex;
+use crate::vfs::{Caller, Vfs, WriteRequest};
+
+const ROOT: u64 = 1;
+const O_RDWR: i32 = 2;
+const CALLER: Caller = Caller { uid: 0, gid: 0, pid: 1, umask: 0 };
+const MIB: u64 = 1 << 20;
+
+/// What the watchdog looks at.
+#[derive(Default)]
+struct Watched {
+    progress: AtomicU64,
+    filesystem: Mutex<Weak<Filesystem>>,
+}
+
+impl Watched {
+    fn tick(&self) {
+        self.progress.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn open(&self, device: &Arc<dyn BlockDevice>, cache_bytes: u64) -> Arc<Filesystem> {
+        let options = OpenOptions { cache_bytes, ..OpenOptions::default() };
+        let filesystem = Filesystem::open(vec![Arc::clone(device)], &options).unwrap();
+        *self.filesystem.lock() = Arc::downgrade(&filesystem);
+        filesystem
+    }
+
+    /// What is known of a filesystem that hangs.
+    fn report(&self) {
+        let Some(filesystem) = self.filesystem.lock().upgrade() else { return };
+        println!("{:#?}\n{:?}\nlatched: {:?}", filesystem.usage(), filesystem.space(), filesystem.latched());
+        println!(
+            "journal {} permille full, {} dirty bytes",
+            filesystem.journal().fill_permille(),
+            filesystem.forest().dirty_bytes()
+        );
+        println!("{:?}", filesystem.metrics().snapshot());
+        println!("{:?}", filesystem.space().allocator_for_tests());
+    }
+}
+
+/// Runs `body` on a thread of its own. Fails when nothing has moved for a while: a hang costs that, not the whole run.
+fn with_watchdog(body: impl FnOnce(&Watched) + Send + 'static) {
+    const QUIET_SECONDS_MAX: u32 = 60;
+    let watched = Arc::new(Watched::default());
+    let (done, wait) = channel();
+    let thread = std::thread::spawn({
+        let watched = Arc::clone(&watched);
+        move || {
+            body(&watched);
+            let _ = done.send(());
+        }
+    });
+    let mut seen = 0;
+    let mut quiet_seconds = 0;
+    loop {
+        match wait.recv_timeout(Duration::from_secs(1)) {
+            Ok(()) | Err(RecvTimeoutError::Disconnected) => break,
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+        let now = watched.progress.load(Ordering::Relaxed);
+        quiet_seconds = if now == seen { quiet_seconds + 1 } else { 0 };
+        seen = now;
+        if quiet_seconds >= QUIET_SECONDS_MAX {
+            watched.report();
+            panic!("nothing has moved for {quiet_seconds} s, after {now} operations: the filesystem hangs");
+        }
+    }
+    if let Err(panic) = thread.join() {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+fn rounds(usual: u64) -> u64 {
+    std::env::var("COPPICE_FILL_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(usual)
+}
+
+/// A fill of one thread's directory, and what it came to.
+#[derive(Debug, Default)]
+struct Filled {
+    names: Vec<String>,
+    bytes: u64,
+}
+
+struct Filler<'a> {
+    vfs: &'a Arc<Vfs>,
+    watched: &'a Watched,
+}
+
+impl Filler<'_> {
+    /// Appends to a new file until it has `bytes`, or there is no space. Returns how many were written, and whether all were.
+    fn write_file(&self, directory: u64, name: &str, bytes: u64) -> (u64, bool) {
+        let created = self.vfs.create(&CALLER, directory, OsStr::new(name), 0o100_644, O_RDWR);
+        let (entry, opened) = match created {
+            Ok(created) => created,
+            Err(Error::NoSpace(_)) => return (0, false),
+            Err(error) => panic!("create: {error}"),
+        };
+        let node = entry.attributes.node;
+        let block = vec![name.len() as u8; 128 << 10];
+        let mut written = 0;
+        let mut fits = true;
+        while written < bytes && fits {
+            let length = (bytes - written).min(block.len() as u64) as usize;
+            let request = WriteRequest {
+                node,
+                handle: opened.handle,
+                offset: written,
+                data: &block[..length],
+                direct: false,
+                append: false,
+                synchronous: false,
+                from_page_cache: false,
+                clear_set_id: false,
+            };
+            match self.vfs.write(&CALLER, &request) {
+                Ok(count) => written += u64::from(count),
+                Err(Error::NoSpace(_)) => fits = false,
+                Err(error) => panic!("write: {error}"),
+            }
+            self.watched.tick();
+        }
+        self.vfs.release(node, opened.handle).unwrap();
+        self.vfs.forget(node, 1);
+        (written, fits)
+    }
+
+    /// Makes files of `bytes_of(index)` bytes until there is no space.
+    fn fill(&self, directory: u64, bytes_of: impl Fn(u64) -> u64) -> Filled {
+        let mut filled = Filled::default();
+        for index in 0.. {
+            let name = format!("file {index}");
+            let (bytes, fits) = self.write_file(directory, &name, bytes_of(index));
+            filled.bytes += bytes;
+            if bytes > 0 || fits {
+                filled.names.push(name);
+            }
+            if !fits {
+                break;
+            }
+        }
+        filled
+    }
+
+    fn empty(&self, directory: u64) {
+        for index in 0.. {
+            // A file whose write was refused may be there too.
+            match self.vfs.unlink(&CALLER, directory, OsStr::new(&format!("file {index}"))) {
+                Ok(()) => {}
+                Err(Error::Posix(rustix::io::Errno::NOENT)) => break,
+                Err(error) => panic!("unlink: {error}"),
+            }
+            self.watched.tick();
+        }
+    }
+}
+
+fn counted(filesystem: &Filesystem, name: &str) -> u64 {
+    filesystem.metrics().snapshot().iter().find(|(found, _)| *found == name).map_or(0, |(_, value)| *value)
+}
+
+/// Mixed sizes, so that fragments of buckets, many extents and many inodes all occur.
+fn mixed_bytes(thread: u64, index: u64) -> u64 {
+    let random = (thread * 1_000_003 + index).wrapping_mul(6_364_136_223_846_793_005) >> 33;
+    match random % 8 {
+        0..5 => 1 + random % (12 << 10),
+        5..7 => 1 + random % (80 << 10),
+        _ => 1 + random % (600 << 10),
+    }
+}
+
+#[test]
+fn a_small_image_is_filled_emptied_and_refilled_without_a_hang() {
+    const THREADS: u64 = 4;
+    with_watchdog(|watched| {
+        let device: Arc<dyn BlockDevice> = Arc::new(MemDevice::new(32 * MIB));
+        Filesystem::format(&device, &test_geometry(), &Env::real()).unwrap();
+        let filesystem = watched.open(&device, 8 << 20);
+        let vfs = filesystem.vfs();
+        let filler = Filler { vfs, watched };
+        let directories: Vec<u64> = (0..THREADS)
+            .map(|thread| vfs.mkdir(&CALLER, ROOT, OsStr::new(&format!("{thread}")), 0o755).unwrap().attributes.node)
+            .collect();
+        for round in 0..rounds(4) {
+            let before = filesystem.usage();
+            let filled: Vec<Filled> = std::thread::scope(|scope| {
+                let threads: Vec<_> = (0..THREADS)
+                    .zip(&directories)
+                    .map(|(thread, &directory)| {
+                        let filler = &filler;
+                        scope.spawn(move || {
+                            let filled = filler.fill(directory, |index| mixed_bytes(thread + 16 * round, index));
+                            filler.empty(directory);
+                            filled
+                        })
+                    })
+                    .collect();
+                threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+            });
+            let bytes: u64 = filled.iter().map(|filled| filled.bytes).sum();
+            let files: usize = filled.iter().map(|filled| filled.names.len()).sum();
+            println!(
+                "round {round}: {} KiB available, {} KiB in {files} files written, {} checkpoints, {} reservations blocked",
+                before.available_bytes >> 10,
+                bytes >> 10,
+                counted(&filesystem, "checkpoint.count"),
+                counted(&filesystem, "journal.reservations_blocked"),
+            );
+            vfs.wait_for_deletions().unwrap();
+            assert_eq!(filesystem.usage().data_bytes, 0);
+        }
+        assert_eq!(filesystem.latched(), None);
+        filesystem.close().unwrap();
+    });
+}
