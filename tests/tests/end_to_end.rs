@@ -1,11 +1,13 @@
 //! What people do with a filesystem, through the kernel: copying trees, git, SQLite, fio, and memory that stays bounded.
 //!
-//! Longer forms by environment variables: `COPPICE_COPY_MIB` (memory test), `COPPICE_FIO_MIB`, `COPPICE_SQLITE_TRANSACTIONS`.
+//! Longer forms by environment variables: `COPPICE_COPY_MIB` (memory test), `COPPICE_FIO_MIB`, `COPPICE_FIO_JOBS`,
+//! `COPPICE_SQLITE_TRANSACTIONS`, `COPPICE_TREE` (a folder that the tests of copying take instead of a small made tree).
 
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::{FileExt, PermissionsExt, chown, lchown, symlink};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use coppicefs_tests::mount::{Site, command, count, installed, run};
 use rand_xoshiro::Xoshiro256PlusPlus;
@@ -141,30 +143,51 @@ fn assert_same_tree(left: &Path, right: &Path) {
     assert_eq!(expected.lines().count(), found.lines().count());
 }
 
+/// Runs `work`, and says how long it took.
+fn timed<T>(what: &str, work: impl FnOnce() -> T) -> T {
+    let start = Instant::now();
+    let value = work();
+    eprintln!("{what}: {:.2} s", start.elapsed().as_secs_f64());
+    value
+}
+
 fn copy_a_tree(compression: &str) {
     if !installed("rsync") || !installed("getfattr") {
         return;
     }
-    let Some(site) = Site::formatted("1G", &["--compression", compression]) else { return };
-    let source = site.path("source");
-    fs::create_dir(&source).unwrap();
-    make_tree(&source);
+    let tree = std::env::var_os("COPPICE_TREE").map(PathBuf::from);
+    let size = if tree.is_some() { "8G" } else { "1G" };
+    let Some(site) = Site::formatted(size, &["--compression", compression]) else { return };
+    let is_made = tree.is_none();
+    let source = tree.unwrap_or_else(|| site.path("source"));
+    if is_made {
+        fs::create_dir(&source).unwrap();
+        make_tree(&source);
+    }
     site.mount("");
     let (copied, synchronised) = (site.mnt().join("copied"), site.mnt().join("synchronised"));
-    run(command("cp").arg("-a").args([&source, &copied]));
+    timed(&format!("{compression}: cp -a"), || run(command("cp").arg("-a").args([&source, &copied])));
     let mut from = source.clone().into_os_string();
     from.push("/");
-    run(command("rsync").arg("-aHAXS").arg(&from).arg(&synchronised));
-    assert_same_tree(&source, &copied);
+    let options = if is_made { "-aHAXS" } else { "-aHAX" };
+    timed(&format!("{compression}: rsync {options}"), || {
+        run(command("rsync").arg(options).arg(&from).arg(&synchronised))
+    });
+    site.unmount();
+    timed(&format!("{compression}: fsck -n"), || site.assert_clean());
+    site.mount("");
+    timed(&format!("{compression}: compared"), || assert_same_tree(&source, &copied));
     site.remount("cache=daemon");
     assert_same_tree(&source, &copied);
     assert_same_tree(&source, &synchronised);
-    let allocated = std::os::unix::fs::MetadataExt::blocks(&fs::metadata(copied.join("sparse")).unwrap()) * 512;
-    assert!(allocated <= (3 * 128) << 10, "the holes of a sparse file take space: {allocated}");
+    if is_made {
+        let allocated = std::os::unix::fs::MetadataExt::blocks(&fs::metadata(copied.join("sparse")).unwrap()) * 512;
+        assert!(allocated <= (3 * 128) << 10, "the holes of a sparse file take space: {allocated}");
+    }
     // Once more finds nothing to do: times and sizes are as rsync left them.
-    let again = run(command("rsync").args(["-aHAXSi"]).arg(&from).arg(&synchronised));
+    let again = run(command("rsync").args([&format!("{options}i")]).arg(&from).arg(&synchronised));
     assert_eq!(again, "");
-    fs::remove_dir_all(&copied).unwrap();
+    timed(&format!("{compression}: rm -r"), || fs::remove_dir_all(&copied).unwrap());
     site.unmount_and_check();
 }
 
@@ -256,12 +279,54 @@ fn sqlite_commits() {
     site.unmount_and_check();
 }
 
+#[test]
+fn a_crate_is_built_with_its_target_on_the_mount() {
+    let cargo = PathBuf::from(env!("CARGO"));
+    if !cargo.exists() {
+        eprintln!("skipped: the cargo that built this test is gone");
+        return;
+    }
+    let Some(site) = Site::formatted("1G", &["--compression", "lz4"]) else { return };
+    site.mount("");
+    let folder = site.mnt().join("hello");
+    fs::create_dir_all(folder.join("src")).unwrap();
+    fs::write(folder.join("Cargo.toml"), "[package]\nname = \"hello\"\nversion = \"0.1.0\"\nedition = \"2021\"\n")
+        .unwrap();
+    fs::write(folder.join("src/lib.rs"), "pub fn twice(x: u32) -> u32 { 2 * x }\n").unwrap();
+    fs::write(folder.join("src/main.rs"), "fn main() { println!(\"{}\", hello::twice(21)); }\n").unwrap();
+    let build = |words: &[&str]| {
+        let mut command = command(&cargo);
+        // The tools of the outer build, but nothing that it says of itself.
+        for (name, _) in std::env::vars_os() {
+            if name.to_string_lossy().starts_with("CARGO") && name != "CARGO_HOME" {
+                command.env_remove(name);
+            }
+        }
+        command.env("PATH", std::env::var_os("PATH").unwrap_or_default());
+        run(command.args(words).arg("--offline").current_dir(&folder))
+    };
+    timed("cargo build", || build(&["build", "-q"]));
+    assert_eq!(run(&mut command(folder.join("target/debug/hello"))), "42\n");
+    site.remount("cache=daemon");
+    // Times and contents are as cargo left them: nothing is built again; then a change is seen.
+    let said = run(command("find").args([folder.as_path(), Path::new("-newer"), &folder.join("target/debug/hello")]));
+    build(&["build", "-q"]);
+    assert_eq!(
+        said,
+        run(command("find").args([folder.as_path(), Path::new("-newer"), &folder.join("target/debug/hello")]))
+    );
+    fs::write(folder.join("src/lib.rs"), "pub fn twice(x: u32) -> u32 { x + x + 1 }\n").unwrap();
+    build(&["build", "-q"]);
+    assert_eq!(run(&mut command(folder.join("target/debug/hello"))), "43\n");
+    site.unmount_and_check();
+}
+
 fn verify_with_fio(cache: &str) {
     if !installed("fio") {
         return;
     }
-    let mebibytes = count("COPPICE_FIO_MIB", 12);
-    let Some(site) = Site::formatted(&format!("{}M", 256 + 4 * mebibytes), &[]) else { return };
+    let (mebibytes, jobs) = (count("COPPICE_FIO_MIB", 12), count("COPPICE_FIO_JOBS", 1));
+    let Some(site) = Site::formatted(&format!("{}M", 256 + 8 * jobs * mebibytes), &[]) else { return };
     site.mount(&format!("cache={cache}"));
     for (engine, pattern, direct, depth) in [
         ("psync", "write", 0, 1),
@@ -277,7 +342,7 @@ fn verify_with_fio(cache: &str) {
                 "--verify=crc32c",
                 "--verify_fatal=1",
                 "--do_verify=1",
-                "--bsrange=4k-64k",
+                "--bsrange=4k-1m",
                 "--blockalign=4k",
             ])
             .args([
@@ -292,6 +357,7 @@ fn verify_with_fio(cache: &str) {
             .arg(format!("--direct={direct}"))
             .arg(format!("--iodepth={depth}"))
             .arg(format!("--size={mebibytes}M"))
+            .arg(format!("--numjobs={jobs}"))
             .arg(format!("--directory={}", site.mnt().display()))
             .current_dir(site.path(""))
             .output()
