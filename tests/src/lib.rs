@@ -1,6 +1,7 @@
 //! What the end-to-end and crash tests of coppice share. Nothing here but
 //! [`filesystem_subject`] knows how the filesystem works: that is the point.
 //!
+//! - [`limit`]: a test that hangs ends, and says where.
 //! - [`operation`]: one POSIX operation as data, and the bytes that writes put into files.
 //! - [`tree`]: what a filesystem holds, as a walk finds it.
 //! - [`model`]: a plain in-memory filesystem that knows what was synced, and what a crash may leave (the oracle).
@@ -9,6 +10,7 @@
 //! - [`mount`]: an image in a temporary folder, formatted, mounted and checked by the real programs.
 //! - [`workloads`]: the small workloads that are crashed everywhere, and random ones by seed.
 
+pub mod limit;
 pub mod operation;
 pub mod tree;
 pub mod model;

@@ -14,8 +14,12 @@ use std::time::{Duration, Instant};
 use coppicefs::device::lock_holders;
 use rustix::process::{Pid, Signal, kill_process};
 
+use crate::limit::{Limit, finish, lengthen};
+
 /// An image, a mountpoint, and room beside them, all removed on drop.
 pub struct Site {
+    /// Who mounts may hang. Ends before the folder is removed.
+    _limit: Limit,
     folder: PathBuf,
     _directory: tempfile::TempDir,
 }
@@ -36,11 +40,21 @@ pub fn program() -> PathBuf {
     program
 }
 
-/// The long form's count from the environment, or the one that fits into every test run.
+/// The long form's count from the environment, or the one that fits into every test run. A larger count makes the test's limit longer.
 ///
 /// # Panics
 /// If the variable is not a number.
 pub fn count(variable: &str, default: u64) -> u64 {
+    let count = number(variable, default);
+    lengthen(count.div_ceil(default.max(1)));
+    count
+}
+
+/// A number from the environment, or the default.
+///
+/// # Panics
+/// If the variable is not a number.
+pub fn number(variable: &str, default: u64) -> u64 {
     std::env::var(variable).map_or(default, |text| u64::from_str(&text).expect("a number in the environment"))
 }
 
@@ -69,7 +83,7 @@ pub fn command(program: impl AsRef<OsStr>) -> Command {
 /// # Panics
 /// With its messages, if it fails.
 pub fn run(command: &mut Command) -> String {
-    let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    let output = finish(command).unwrap_or_else(|error| panic!("{command:?}: {error}"));
     assert!(
         output.status.success(),
         "{command:?}: {}\n{}\n{}",
@@ -119,7 +133,8 @@ impl Site {
         fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
         let folder = fs::canonicalize(directory.path()).unwrap();
         fs::create_dir(folder.join("mnt")).unwrap();
-        Some(Self { folder, _directory: directory })
+        let limit = Limit::with_mounts_in(folder.clone());
+        Some(Self { folder, _directory: directory, _limit: limit })
     }
 
     /// A new image, formatted.
@@ -174,7 +189,7 @@ impl Site {
     /// If that fails.
     pub fn unmount(&self) {
         // Another test's child may hold a descriptor of ours between fork and exec.
-        wait_until("it is unmounted", || command("umount").arg(self.mnt()).output().unwrap().status.success());
+        wait_until("it is unmounted", || finish(command("umount").arg(self.mnt())).unwrap().status.success());
         wait_until("the daemon is gone", || lock_holders(&self.image()).is_empty());
         self.assert_quiet_log();
     }
@@ -259,10 +274,10 @@ impl Site {
     /// # Panics
     /// With what it says, if it finds something.
     pub fn assert_clean(&self) {
-        let output = self.coppice(&["fsck", "-n"]).arg(self.image()).output().unwrap();
+        let output = finish(self.coppice(&["fsck", "-n"]).arg(self.image())).unwrap();
         if output.status.code() != Some(0) {
             let kept = std::env::temp_dir().join(format!("coppice-unclean-{}.img", std::process::id()));
-            let _ = command("cp").arg("--sparse=always").args([self.image(), kept.clone()]).status();
+            let _ = finish(command("cp").arg("--sparse=always").args([self.image(), kept.clone()]));
             panic!(
                 "fsck -n: {}\n{}{}\nthe log:\n{}\nthe image is kept: {}",
                 output.status,
@@ -299,11 +314,29 @@ impl Drop for Site {
     fn drop(&mut self) {
         while self.is_mounted() && rustix::mount::unmount(self.mnt(), rustix::mount::UnmountFlags::DETACH).is_ok() {}
         if std::thread::panicking() {
+            self.end_daemon();
+        }
+    }
+}
+
+impl Site {
+    /// After a failed test: asks its daemon to end, and if it does not, makes it.
+    fn end_daemon(&self) {
+        let send = |signal| {
             for holder in lock_holders(&self.image()) {
-                if let Some(daemon) = i32::try_from(holder).ok().and_then(Pid::from_raw) {
-                    let _ = kill_process(daemon, Signal::TERM);
+                // A test may hold the image itself.
+                if holder != std::process::id()
+                    && let Some(daemon) = i32::try_from(holder).ok().and_then(Pid::from_raw)
+                {
+                    let _ = kill_process(daemon, signal);
                 }
             }
+        };
+        send(Signal::TERM);
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while !lock_holders(&self.image()).is_empty() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(20));
         }
+        send(Signal::KILL);
     }
 }

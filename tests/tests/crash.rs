@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use coppicefs::space::TestSwitches;
 use coppicefs_tests::crash::{CrashOptions, Report, run, seed_or};
 use coppicefs_tests::filesystem_subject::Coppice;
+use coppicefs_tests::limit::{Limit, lengthen};
 use coppicefs_tests::operation::Operation;
 use coppicefs_tests::workloads;
 
@@ -22,6 +23,7 @@ fn options(plans_max: usize) -> CrashOptions {
     let mut options = CrashOptions { seed: seed_or(1), device_bytes: DEVICE_BYTES, ..CrashOptions::default() };
     options.plans.limit = Some(if is_long() { plans_max * 16 } else { plans_max });
     if is_long() {
+        lengthen(24);
         options.plans.samples = 32;
         options.during_recovery = 8;
     }
@@ -29,6 +31,8 @@ fn options(plans_max: usize) -> CrashOptions {
 }
 
 fn crash(subject: &Coppice, name: &str, operations: &[Operation], options: &CrashOptions) -> Report {
+    // Simulated: whoever waits for ever spins or waits for a lock.
+    let _limit = Limit::new();
     let start = Instant::now();
     let report = run(subject, operations, options).unwrap_or_else(|failure| panic!("{name}: {failure}"));
     println!(
@@ -86,6 +90,7 @@ fn random_workloads_survive() {
 
 /// Whether the crash tests notice a broken build, within a minute.
 fn is_caught(what: &str, switches: TestSwitches) {
+    let _limit = Limit::new();
     let start = Instant::now();
     let subject = Coppice { switches, ..Coppice::default() };
     let random = (1..40).map(|seed| ("random", workloads::random(seed, 60)));

@@ -9,6 +9,7 @@ use std::os::unix::fs::{FileExt, PermissionsExt, chown, lchown, symlink};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use coppicefs_tests::limit::finish;
 use coppicefs_tests::mount::{Site, command, count, installed, run};
 use rand_xoshiro::Xoshiro256PlusPlus;
 use rand_xoshiro::rand_core::{Rng, SeedableRng};
@@ -336,32 +337,25 @@ fn verify_with_fio(cache: &str) {
         ("io_uring", "randwrite", 1, 8),
         ("mmap", "randwrite", 0, 1),
     ] {
-        let output = command("fio")
-            .args([
-                "--name=verify",
-                "--verify=crc32c",
-                "--verify_fatal=1",
-                "--do_verify=1",
-                "--bsrange=4k-1m",
-                "--blockalign=4k",
-            ])
-            .args([
-                "--norandommap",
-                "--random_generator=tausworthe64",
-                "--minimal",
-                "--fsync=64",
-                "--serialize_overlap=1",
-            ])
-            .arg(format!("--ioengine={engine}"))
-            .arg(format!("--rw={pattern}"))
-            .arg(format!("--direct={direct}"))
-            .arg(format!("--iodepth={depth}"))
-            .arg(format!("--size={mebibytes}M"))
-            .arg(format!("--numjobs={jobs}"))
-            .arg(format!("--directory={}", site.mnt().display()))
-            .current_dir(site.path(""))
-            .output()
-            .unwrap();
+        let mut fio = command("fio");
+        fio.args([
+            "--name=verify",
+            "--verify=crc32c",
+            "--verify_fatal=1",
+            "--do_verify=1",
+            "--bsrange=4k-1m",
+            "--blockalign=4k",
+        ])
+        .args(["--norandommap", "--random_generator=tausworthe64", "--minimal", "--fsync=64", "--serialize_overlap=1"])
+        .arg(format!("--ioengine={engine}"))
+        .arg(format!("--rw={pattern}"))
+        .arg(format!("--direct={direct}"))
+        .arg(format!("--iodepth={depth}"))
+        .arg(format!("--size={mebibytes}M"))
+        .arg(format!("--numjobs={jobs}"))
+        .arg(format!("--directory={}", site.mnt().display()))
+        .current_dir(site.path(""));
+        let output = finish(&mut fio).unwrap();
         let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
         if engine == "io_uring" && (said.contains("not permitted") || said.contains("not implemented")) {
             eprintln!("skipped: no io_uring here");

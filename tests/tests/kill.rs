@@ -11,7 +11,8 @@ use std::sync::Barrier;
 use std::time::Duration;
 
 use coppicefs::device::lock_holders;
-use coppicefs_tests::mount::{Site, command, count, wait_until};
+use coppicefs_tests::limit::finish;
+use coppicefs_tests::mount::{Site, command, count, number, wait_until};
 use rand_xoshiro::Xoshiro256PlusPlus;
 use rand_xoshiro::rand_core::{Rng, SeedableRng};
 
@@ -153,7 +154,7 @@ fn adopt(folder: &Path, files: &mut BTreeMap<String, Known>) {
 fn rounds(options: &str, format: &[&str], seed: u64) {
     const THREADS: u64 = 2;
     let rounds = count("COPPICE_KILL_ROUNDS", 5);
-    let seed = count("COPPICE_KILL_SEED", seed);
+    let seed = number("COPPICE_KILL_SEED", seed);
     let Some(site) = Site::formatted("256M", format) else { return };
     let mut random = Xoshiro256PlusPlus::seed_from_u64(seed);
     let mut threads: Vec<BTreeMap<String, Known>> = (0..THREADS).map(|_| BTreeMap::new()).collect();
@@ -185,10 +186,10 @@ fn rounds(options: &str, format: &[&str], seed: u64) {
         wait_until("the daemon is gone", || lock_holders(&site.image()).is_empty());
         // What `umount` of a dead mount does; every other time that is left to the mount itself.
         if round % 2 == 0 {
-            let _ = command("umount").arg("-l").arg(site.mnt()).output();
+            let _ = finish(command("umount").arg("-l").arg(site.mnt()));
         }
         if round % 3 == 2 {
-            let _ = command("umount").arg("-l").arg(site.mnt()).output();
+            let _ = finish(command("umount").arg("-l").arg(site.mnt()));
             // The log is replayed in memory: an image that needs it is clean.
             site.assert_clean();
         }

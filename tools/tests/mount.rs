@@ -10,6 +10,13 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
+use limit::{Limit, finish};
+
+/// The same limits of time as the end-to-end tests have; `coppicefs-tests` stands above this crate.
+#[path = "../../tests/src/limit.rs"]
+#[allow(dead_code)]
+mod limit;
+
 /// `nobody`: fusermount3 wants a user with a name.
 const USER: u32 = 65_534;
 
@@ -23,6 +30,7 @@ fn program() -> PathBuf {
 }
 
 struct Place {
+    _limit: Limit,
     directory: tempfile::TempDir,
 }
 
@@ -34,7 +42,8 @@ impl Place {
         }
         let directory = tempfile::tempdir().unwrap();
         fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
-        let place = Self { directory };
+        let limit = Limit::with_mounts_in(fs::canonicalize(directory.path()).unwrap());
+        let place = Self { directory, _limit: limit };
         fs::write(place.path("disk.img"), b"image").unwrap();
         fs::create_dir(place.path("mnt")).unwrap();
         Some(place)
@@ -51,7 +60,7 @@ impl Place {
     }
 
     fn run(&self, arguments: &[&str]) -> Output {
-        self.command(arguments).output().unwrap()
+        finish(&mut self.command(arguments)).unwrap()
     }
 
     /// As an ordinary user, to whom everything here belongs.
@@ -61,13 +70,13 @@ impl Place {
                 chown(self.path(name), Some(USER), Some(USER)).unwrap();
             }
         }
-        Command::new("setpriv")
+        let mut command = Command::new("setpriv");
+        command
             .args([&format!("--reuid={USER}"), &format!("--regid={USER}"), "--clear-groups", "--"])
             .args(arguments)
             .current_dir(self.directory.path())
-            .stdin(Stdio::null())
-            .output()
-            .unwrap()
+            .stdin(Stdio::null());
+        finish(&mut command).unwrap()
     }
 
     fn mount(&self, arguments: &[&str]) {
@@ -113,7 +122,7 @@ impl Place {
     fn unmount(&self) {
         // Another test's child may hold our descriptors between fork and exec.
         wait_until("it is unmounted", || {
-            Command::new("umount").arg(self.path("mnt")).output().unwrap().status.success()
+            finish(Command::new("umount").arg(self.path("mnt"))).unwrap().status.success()
         });
     }
 }
@@ -284,13 +293,9 @@ fn give_users_the_device(place: &Place, test: &str) -> bool {
         return true;
     }
     if std::env::var_os(INSIDE).is_none() {
-        let output = Command::new("unshare")
-            .arg("-m")
-            .arg(std::env::current_exe().unwrap())
-            .args(["--exact", test, "--nocapture"])
-            .env(INSIDE, "1")
-            .output()
-            .unwrap();
+        let mut again = Command::new("unshare");
+        again.arg("-m").arg(std::env::current_exe().unwrap()).args(["--exact", test, "--nocapture"]).env(INSIDE, "1");
+        let output = finish(&mut again).unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         return false;
     }
@@ -353,7 +358,9 @@ fn the_unmount_helper_unmounts_and_refuses_what_is_not_ours() {
     let helper = place.path("umount.fuse.coppice");
     std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_coppice"), &helper).unwrap();
     let run = |arguments: &[&str]| {
-        Command::new(&helper).args(arguments).current_dir(place.directory.path()).stdin(Stdio::null()).output().unwrap()
+        let mut command = Command::new(&helper);
+        command.args(arguments).current_dir(place.directory.path()).stdin(Stdio::null());
+        finish(&mut command).unwrap()
     };
     assert_refused(&run(&["mnt"]), 32, &["not a coppice mount"]);
     place.mount_with_log(&[]);
