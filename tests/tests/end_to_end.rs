@@ -9,7 +9,7 @@ use std::os::unix::fs::{FileExt, PermissionsExt, chown, lchown, symlink};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use coppicefs_tests::limit::finish;
+use coppicefs_tests::limit::{finish, lengthen};
 use coppicefs_tests::mount::{Site, command, count, installed, run};
 use rand_xoshiro::Xoshiro256PlusPlus;
 use rand_xoshiro::rand_core::{Rng, SeedableRng};
@@ -158,6 +158,9 @@ fn copy_a_tree(compression: &str) {
     }
     let tree = std::env::var_os("COPPICE_TREE").map(PathBuf::from);
     let size = if tree.is_some() { "8G" } else { "1G" };
+    if tree.is_some() {
+        lengthen(20);
+    }
     let Some(site) = Site::formatted(size, &["--compression", compression]) else { return };
     let is_made = tree.is_none();
     let source = tree.unwrap_or_else(|| site.path("source"));
