@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use coppicefs::device::{BlockDevice, SimDevice};
 use coppicefs::env::Env;
@@ -19,7 +20,7 @@ use coppicefs::{Error, Result};
 use rustix::io::Errno;
 
 use crate::crash::{Mounted, Subject};
-use crate::operation::{Operation, content};
+use crate::operation::{Operation, Way, content};
 use crate::tree::{Entry, Kind, Tree};
 
 const ROOT: u64 = 1;
@@ -35,6 +36,8 @@ const WRITE_BYTES_MAX: usize = 128 << 10;
 pub struct Coppice {
     /// Sizes.
     pub format: FormatOptions,
+    /// Every operation is durable when it returns: `commit=0`.
+    pub commit_at_once: bool,
     /// Deliberate faults.
     pub switches: TestSwitches,
     /// The filesystem's counters, summed over all mounts so far: what was exercised.
@@ -54,7 +57,7 @@ impl Default for Coppice {
         let mut format = test_geometry();
         // Small, so that the ring wraps and recovery reads little.
         format.journal_bytes = 256 << 10;
-        Self { format, switches: TestSwitches::default(), counters: Arc::default() }
+        Self { format, commit_at_once: false, switches: TestSwitches::default(), counters: Arc::default() }
     }
 }
 
@@ -65,7 +68,8 @@ impl Coppice {
             access_times: AccessTimes::Never,
             env: Some(Arc::clone(env)),
             switches: self.switches,
-            writeback_age: std::time::Duration::from_millis(500),
+            commit_interval: if self.commit_at_once { Duration::ZERO } else { OpenOptions::default().commit_interval },
+            writeback_age: Duration::from_millis(500),
             ..OpenOptions::default()
         }
     }
@@ -80,7 +84,11 @@ impl Subject for Coppice {
     fn mount(&self, device: &Arc<SimDevice>, seed: u64) -> Result<Box<dyn Mounted>> {
         let env = Env::simulated(seed);
         let filesystem = Filesystem::open(vec![Arc::clone(device) as _], &self.options(&env))?;
-        Ok(Box::new(MountedCoppice { filesystem, env, counters: Arc::clone(&self.counters) }))
+        Ok(Box::new(MountedCoppice { filesystem, env, held: Vec::new(), counters: Arc::clone(&self.counters) }))
+    }
+
+    fn is_durable_at_once(&self) -> bool {
+        self.commit_at_once
     }
 
     fn check(&self, device: &Arc<SimDevice>) -> Result<Vec<String>> {
@@ -97,6 +105,8 @@ impl Subject for Coppice {
 struct MountedCoppice {
     filesystem: Arc<Filesystem>,
     env: Arc<Env>,
+    /// Node and handle of the files that are kept open.
+    held: Vec<(u64, u64)>,
     counters: Arc<Mutex<BTreeMap<&'static str, u64>>>,
 }
 
@@ -194,23 +204,36 @@ impl MountedCoppice {
         self.vfs().forget(node, 1);
     }
 
-    fn write(&self, path: &str, offset: u64, data: &[u8]) -> Result<()> {
+    fn write(&self, path: &str, offset: u64, data: &[u8], way: Option<Way>) -> Result<()> {
         let found = self.find(path)?;
         let open = self.open(&found)?;
+        self.write_through((open.node, open.handle), offset, data, way)
+    }
+
+    fn write_through(&self, (node, handle): (u64, u64), offset: u64, data: &[u8], way: Option<Way>) -> Result<()> {
         let mut done = 0;
         while let Some(rest) = data.get(done..).filter(|rest| !rest.is_empty()) {
             let request = WriteRequest {
-                node: open.node,
-                handle: open.handle,
+                node,
+                handle,
                 offset: offset + done as u64,
                 data: &rest[..rest.len().min(WRITE_BYTES_MAX)],
-                direct: false,
-                append: false,
-                synchronous: false,
+                direct: way.is_some_and(Way::is_direct),
+                append: way == Some(Way::Append),
+                synchronous: way.is_some_and(Way::is_synchronous),
                 from_page_cache: false,
                 clear_set_id: false,
             };
             done += self.vfs().write(&CALLER, &request)? as usize;
+        }
+        Ok(())
+    }
+
+    /// Closes all files that were kept open.
+    fn release(&mut self) -> Result<()> {
+        for (node, handle) in std::mem::take(&mut self.held) {
+            self.filesystem.vfs().release(node, handle)?;
+            self.filesystem.vfs().forget(node, 1);
         }
         Ok(())
     }
@@ -366,7 +389,29 @@ impl Mounted for MountedCoppice {
                 vfs.rename(&CALLER, folder.node(), name, new_folder.node(), new_name, flags)?;
             }
             Operation::Write { path, offset, length, tag } => {
-                self.write(path, *offset, &content(*tag, *offset, *length))?;
+                self.write(path, *offset, &content(*tag, *offset, *length), None)?;
+            }
+            Operation::WriteAs { path, offset, length, tag, way } => {
+                self.write(path, *offset, &content(*tag, *offset, *length), Some(*way))?;
+            }
+            Operation::WriteUnlinked { offset, length, tag } => {
+                let held = self.held.last().copied().ok_or(Errno::BADF)?;
+                self.write_through(held, *offset, &content(*tag, *offset, *length), None)?;
+            }
+            Operation::Hold { path } => {
+                let mut found = self.find(path)?;
+                let mut open = self.open(&found)?;
+                // The handle and the lookup are given back by `release`.
+                found.is_counted = false;
+                let held = (open.node, std::mem::replace(&mut open.handle, u64::MAX));
+                drop((found, open));
+                self.held.push(held);
+            }
+            Operation::Release => self.release()?,
+            Operation::Allocate { path, offset, length, keep_size } => {
+                let found = self.find(path)?;
+                let open = self.open(&found)?;
+                vfs.fallocate(&CALLER, found.node(), open.handle, *offset, *length, i32::from(*keep_size))?;
             }
             Operation::Truncate { path, size } => {
                 let found = self.find(path)?;
@@ -393,14 +438,15 @@ impl Mounted for MountedCoppice {
                 let found = self.find(path)?;
                 vfs.remove_xattr(&CALLER, found.node(), OsStr::new(name))?;
             }
-            Operation::Fsync { path } => {
+            Operation::Fsync { path } | Operation::Fdatasync { path } => {
+                let data_only = matches!(operation, Operation::Fdatasync { .. });
                 let found = self.find(path)?;
                 match found.attributes.file_type {
                     FileType::Regular => {
                         let open = self.open(&found)?;
-                        vfs.fsync(&CALLER, found.node(), open.handle, false)?;
+                        vfs.fsync(&CALLER, found.node(), open.handle, data_only)?;
                     }
-                    _ => vfs.fsync(&CALLER, found.node(), 0, false)?,
+                    _ => vfs.fsync(&CALLER, found.node(), 0, data_only)?,
                 }
             }
             Operation::FsyncDirectory { path } => {
@@ -423,7 +469,8 @@ impl Mounted for MountedCoppice {
         Ok(tree)
     }
 
-    fn unmount(self: Box<Self>) -> Result<()> {
+    fn unmount(mut self: Box<Self>) -> Result<()> {
+        self.release()?;
         self.filesystem.close()
     }
 }

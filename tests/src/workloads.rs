@@ -1,11 +1,15 @@
 //! The small workloads that are crashed at every boundary, and random ones by seed.
 
+mod more;
+
 use rand_xoshiro::Xoshiro256PlusPlus;
 use rand_xoshiro::rand_core::{Rng, SeedableRng};
 
 use crate::model::Model;
 use crate::operation::Operation;
 use crate::tree::Kind;
+
+pub use more::compressible;
 
 fn create(path: &str) -> Operation {
     Operation::Create { path: path.into(), mode: 0o644 }
@@ -35,7 +39,13 @@ fn unlink(path: &str) -> Operation {
     Operation::Unlink { path: path.into() }
 }
 
-/// All fixed workloads, with their names.
+/// More fixed workloads, with their names: each shows one thing, in a few operations.
+#[must_use]
+pub fn more() -> Vec<(&'static str, Vec<Operation>)> {
+    more::all()
+}
+
+/// The first fixed workloads, with their names.
 #[must_use]
 pub fn all() -> Vec<(&'static str, Vec<Operation>)> {
     vec![
@@ -415,7 +425,7 @@ mod tests {
 
     #[test]
     fn fixed_workloads_succeed_in_the_model() {
-        for (name, workload) in all().into_iter().chain(large()) {
+        for (name, workload) in all().into_iter().chain(more()).chain(large()) {
             let mut model = Model::new(4096);
             for operation in &workload {
                 model.begin(operation).unwrap_or_else(|errno| panic!("{name}: {operation:?}: {errno}"));

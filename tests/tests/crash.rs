@@ -5,6 +5,7 @@
 
 use std::time::{Duration, Instant};
 
+use coppicefs::format::checksum::{ChecksumKind, CompressionKind};
 use coppicefs::space::TestSwitches;
 use coppicefs_tests::crash::{CrashOptions, Report, run, seed_or};
 use coppicefs_tests::filesystem_subject::Coppice;
@@ -46,19 +47,78 @@ fn crash(subject: &Coppice, name: &str, operations: &[Operation], options: &Cras
     report
 }
 
-#[test]
-fn fixed_workloads_survive_a_cut_at_every_boundary() {
-    let subject = Coppice::default();
+/// All of these, one after the other.
+fn crash_all(subject: &Coppice, what: &str, workloads: Vec<(&str, Vec<Operation>)>, options: &CrashOptions) -> Report {
     let mut total = Report::default();
-    for (name, operations) in workloads::all() {
-        let report = crash(&subject, name, &operations, &options(16));
+    for (name, operations) in workloads {
+        let report = crash(subject, &format!("{what}, {name}"), &operations, options);
         total.boundaries += report.boundaries;
         total.crashes += report.crashes;
         total.images += report.images;
         total.recovery_crashes += report.recovery_crashes;
     }
-    println!("fixed workloads: {total:?}");
+    println!("{what}: {total:?}");
+    total
+}
+
+#[test]
+fn fixed_workloads_survive_a_cut_at_every_boundary() {
+    let total = crash_all(&Coppice::default(), "fixed", workloads::all(), &options(16));
     assert!(total.images > 1000 && total.recovery_crashes > 1000, "{total:?}");
+}
+
+#[test]
+fn more_workloads_survive_a_cut_at_every_boundary() {
+    let subject = Coppice::default();
+    let workloads = workloads::more();
+    assert!(workloads.len() >= 40);
+    let total = crash_all(&subject, "more", workloads, &CrashOptions { during_recovery: 1, ..options(5) });
+    assert!(total.images > 1000, "{total:?}");
+}
+
+/// All workloads in the long form; in the short form every so manieth, from the one that the seed says.
+fn slice(one_in: usize) -> Vec<(&'static str, Vec<Operation>)> {
+    let all = workloads::all().into_iter().chain(workloads::more());
+    if is_long() { all.collect() } else { all.skip(seed_or(1) as usize % one_in).step_by(one_in).collect() }
+}
+
+fn few() -> CrashOptions {
+    CrashOptions { during_recovery: if is_long() { 2 } else { 1 }, ..options(4) }
+}
+
+fn with_format(compression: CompressionKind, checksum: ChecksumKind) -> Coppice {
+    let mut subject = Coppice::default();
+    subject.format.defaults.compression = compression as u8;
+    subject.format.defaults.compression_level = 3;
+    subject.format.defaults.checksum = checksum as u8;
+    subject
+}
+
+#[test]
+fn compressed_files_survive() {
+    for (compression, checksum) in
+        [(CompressionKind::Lz4, ChecksumKind::Crc32c), (CompressionKind::Zstd, ChecksumKind::Xxh3)]
+    {
+        let subject = with_format(compression, checksum);
+        let workloads = slice(5).into_iter().map(|(name, operations)| (name, workloads::compressible(operations)));
+        let what = format!("{compression:?}, {checksum:?}");
+        crash_all(&subject, &what, workloads.collect(), &few());
+    }
+}
+
+#[test]
+fn other_checksums_and_none_survive() {
+    for checksum in [ChecksumKind::Xxh3, ChecksumKind::None] {
+        let subject = with_format(CompressionKind::None, checksum);
+        crash_all(&subject, &format!("checksum {checksum}"), slice(7), &few());
+    }
+}
+
+/// `commit=0`: every operation is durable when it returns, with nothing that syncs.
+#[test]
+fn every_operation_is_durable_with_commit_at_once() {
+    let subject = Coppice { commit_at_once: true, ..Coppice::default() };
+    crash_all(&subject, "commit=0", slice(5), &few());
 }
 
 #[test]
@@ -75,6 +135,14 @@ fn compaction_survives() {
     let (name, operations) = workloads::large().swap_remove(1);
     crash(&subject, name, &operations, &CrashOptions { device_bytes: 8 << 20, during_recovery: 1, ..options(2) });
     assert!(subject.counter("copygc.buckets") > 0, "{:?}", subject.counters);
+}
+
+#[test]
+fn compaction_of_compressed_files_survives() {
+    let subject = with_format(CompressionKind::Lz4, ChecksumKind::None);
+    let (name, operations) = workloads::large().swap_remove(1);
+    let options = CrashOptions { device_bytes: 8 << 20, during_recovery: 1, ..options(1) };
+    crash(&subject, &format!("compressed {name}"), &workloads::compressible(operations), &options);
 }
 
 #[test]

@@ -59,6 +59,11 @@ pub trait Subject: Sync {
     /// What that fails with.
     fn mount(&self, device: &Arc<SimDevice>, seed: u64) -> Result<Box<dyn Mounted>, coppicefs::Error>;
 
+    /// Whether every operation is durable when it returns.
+    fn is_durable_at_once(&self) -> bool {
+        false
+    }
+
     /// Checks an image and changes nothing; says what is wrong with it. (Free space against use belongs to it.)
     ///
     /// # Errors
@@ -238,7 +243,10 @@ fn record(
         let expected = Arc::make_mut(&mut lock(&model)).begin(operation);
         let answer = mounted.perform(operation).map_err(|error| (error.errno(), error));
         match (&expected, &answer) {
-            (Ok(()), Ok(())) => Arc::make_mut(&mut lock(&model)).acknowledge(operation),
+            (Ok(()), Ok(())) => {
+                let promised = if subject.is_durable_at_once() { &Operation::Sync } else { operation };
+                Arc::make_mut(&mut lock(&model)).acknowledge(promised);
+            }
             (Err(expected), Err((errno, _))) if expected == errno => {}
             (expected, answer) => {
                 let answer = answer.as_ref().map_err(|(_, error)| error.to_string());

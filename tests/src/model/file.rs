@@ -11,6 +11,8 @@ pub(super) enum FileEvent {
         data: Arc<[u8]>,
     },
     Truncate(u64),
+    /// Made as large as this, if it is smaller.
+    Grow(u64),
     Punch {
         offset: u64,
         length: u64,
@@ -160,9 +162,12 @@ impl FileHistory {
             match event {
                 FileEvent::Write { offset, data } => candidates.write(*offset as usize, data),
                 FileEvent::Truncate(size) => candidates.truncate(*size as usize, survived),
+                FileEvent::Grow(size) if *size as usize > candidates.latest.len() => {
+                    candidates.truncate(*size as usize, survived);
+                }
                 FileEvent::Punch { offset, length } => candidates.punch(*offset as usize, *length as usize, survived),
                 FileEvent::Settled if survived => candidates.settle(),
-                FileEvent::Settled | FileEvent::Synced => {}
+                FileEvent::Grow(_) | FileEvent::Settled | FileEvent::Synced => {}
             }
         }
         candidates

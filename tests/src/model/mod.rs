@@ -82,12 +82,18 @@ impl Model {
             self.files.entry(inode).or_insert_with(|| FileHistory::new(self.block_bytes)).push(number, event);
         };
         match (&changed, operation) {
-            (Changed::Data(inode), Operation::Write { offset, length, tag, .. }) => {
+            (
+                Changed::Data(inode),
+                Operation::Write { offset, length, tag, .. } | Operation::WriteAs { offset, length, tag, .. },
+            ) => {
                 push(*inode, FileEvent::Write { offset: *offset, data: content(*tag, *offset, *length).into() });
                 return Ok(());
             }
             (Changed::Namespace { inodes, .. }, Operation::Truncate { size, .. }) => {
                 inodes.iter().for_each(|&inode| push(inode, FileEvent::Truncate(*size)));
+            }
+            (Changed::Namespace { inodes, .. }, Operation::Allocate { offset, length, keep_size: false, .. }) => {
+                inodes.iter().for_each(|&inode| push(inode, FileEvent::Grow(offset + length)));
             }
             (Changed::Namespace { inodes, .. }, Operation::Punch { offset, length, .. }) => {
                 inodes.iter().for_each(|&inode| push(inode, FileEvent::Punch { offset: *offset, length: *length }));
@@ -108,7 +114,12 @@ impl Model {
     /// The operation, which was begun last, has returned success: what it promises holds from now on.
     pub fn acknowledge(&mut self, operation: &Operation) {
         match operation {
-            Operation::Fsync { path } | Operation::FsyncDirectory { path } => {
+            Operation::WriteAs { way, .. } if !way.is_synchronous() => {}
+            // All that changed an inode is durable after fdatasync, too: times are not part of the model.
+            Operation::Fsync { path }
+            | Operation::Fdatasync { path }
+            | Operation::WriteAs { path, .. }
+            | Operation::FsyncDirectory { path } => {
                 let Ok(inode) = self.namespace().lookup(path) else { return };
                 let touched = self.touched.get(&inode).copied().unwrap_or(0);
                 self.required = self.required.max(touched);

@@ -238,7 +238,19 @@ impl Namespace {
                 _ if *length == 0 => Changed::Nothing,
                 inode => Changed::Data(inode),
             },
+            Operation::WriteAs { path, length, .. } => match self.file(path)? {
+                _ if *length == 0 => Changed::Nothing,
+                inode => Changed::Data(inode),
+            },
             Operation::Truncate { path, .. } => only(self.file(path)?),
+            Operation::Allocate { path, length, .. } => match self.file(path)? {
+                _ if *length == 0 => return Err(Errno::INVAL),
+                inode => only(inode),
+            },
+            Operation::Hold { path } | Operation::Fdatasync { path } => {
+                self.file(path)?;
+                Changed::Nothing
+            }
             Operation::Punch { path, length, .. } => match self.file(path)? {
                 _ if *length == 0 => return Err(Errno::INVAL),
                 inode => only(inode),
@@ -262,6 +274,8 @@ impl Namespace {
                 self.lookup(path)?;
                 Changed::Nothing
             }
+            // What has no name is not there after a crash, and not part of what a walk finds.
+            Operation::WriteUnlinked { .. } | Operation::Release => Changed::Nothing,
             Operation::Sync | Operation::Settle | Operation::Turns { .. } => Changed::Nothing,
         })
     }

@@ -1,0 +1,270 @@
+//! Power cuts during fsck's repair: whatever is on the medium then, a second repair makes it clean, and it shows what an undisturbed repair
+//! would have left.
+//!
+//! `COPPICE_SEED=n` sets the seed; `COPPICE_CRASH_LONG=1` tries many more plans at each write of the repair.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use coppicefs::Result;
+use coppicefs::device::{Image, PlanOptions, SimDevice, SimOptions, Snapshot};
+use coppicefs::env::Env;
+use coppicefs::filesystem::{Filesystem, OpenOptions, WorkerSet};
+use coppicefs::format::journal::AccountingCounter;
+use coppicefs::format::namespace::{DirentBucket, Inode};
+use coppicefs::format::space::{Bucket, BucketState};
+use coppicefs::format::superblock::copy_offsets;
+use coppicefs::format::{BtreeId, Position};
+use coppicefs::transaction::{CommitOptions, Transaction};
+use coppicefs_fsck::{check, repair};
+use coppicefs_tests::crash::{Subject, seed_or};
+use coppicefs_tests::filesystem_subject::Coppice;
+use coppicefs_tests::limit::{Limit, lengthen};
+use coppicefs_tests::operation::Operation;
+use coppicefs_tests::tree::Tree;
+
+const DEVICE_BYTES: u64 = 16 << 20;
+const SNAPSHOT: u32 = u32::MAX;
+
+fn is_long() -> bool {
+    std::env::var_os("COPPICE_CRASH_LONG").is_some_and(|value| value != "0")
+}
+
+fn device_of(image: Image, seed: u64) -> Arc<SimDevice> {
+    Arc::new(SimDevice::from_image(image, SimOptions { seed, block_bytes: 4096, ..SimOptions::default() }))
+}
+
+fn open(device: &Arc<SimDevice>, seed: u64) -> Arc<Filesystem> {
+    let env = Env::simulated(seed);
+    let options =
+        OpenOptions { workers: WorkerSet::Essential, cache_bytes: 8 << 20, env: Some(env), ..OpenOptions::default() };
+    Filesystem::open(vec![Arc::clone(device) as _], &options).unwrap()
+}
+
+/// Directories, files of all sizes, links, attributes.
+fn made(subject: &Coppice) -> Image {
+    let device = Arc::new(SimDevice::new(DEVICE_BYTES, SimOptions { block_bytes: 4096, ..SimOptions::default() }));
+    subject.format(&device).unwrap();
+    let mut mounted = subject.mount(&device, 1).unwrap();
+    let mut operations = Vec::new();
+    for folder in 0..3 {
+        let path = format!("/d{folder}");
+        operations.push(Operation::MakeDirectory { path: path.clone(), mode: 0o755 });
+        for file in 0..6_u32 {
+            let path = format!("{path}/f{file}");
+            operations.extend([
+                Operation::Create { path: path.clone(), mode: 0o644 },
+                Operation::Write { path: path.clone(), offset: 0, length: 1 + u64::from(file) * 9000, tag: file + 1 },
+                Operation::SetXattr { path: path.clone(), name: "user.a".into(), value: "1".into() },
+            ]);
+            if file == 3 {
+                operations.push(Operation::Link { existing: path, path: format!("/link{folder}") });
+            }
+        }
+    }
+    for operation in &operations {
+        mounted.perform(operation).unwrap();
+    }
+    mounted.unmount().unwrap();
+    device.image()
+}
+
+fn repaired(filesystem: &Filesystem) -> Result<()> {
+    for _ in 0..6 {
+        let problems = check(filesystem, &|_, _, _, _| {})?.problems;
+        if problems.is_empty() {
+            break;
+        }
+        repair::repair(filesystem, &problems)?;
+    }
+    Ok(())
+}
+
+fn shown(subject: &Coppice, device: &Arc<SimDevice>) -> Tree {
+    let mut mounted = subject.mount(device, 1).unwrap();
+    let tree = mounted.tree().unwrap();
+    mounted.unmount().unwrap();
+    tree
+}
+
+/// Repairs the damaged image once undisturbed, and then again from everything that a power cut in the middle could have left.
+fn survives(name: &str, subject: &Coppice, damaged: &Image) -> usize {
+    let _limit = Limit::new();
+    let seed = seed_or(1);
+    let device = device_of(damaged.clone(), seed);
+    assert!(!subject.check(&device).unwrap().is_empty(), "{name}: nothing is wrong with the damaged image");
+    let snapshots: Arc<Mutex<Vec<Snapshot>>> = Arc::default();
+    let seen = Arc::clone(&snapshots);
+    device.set_hook(move |device, _| seen.lock().unwrap_or_else(PoisonError::into_inner).push(device.snapshot()));
+    let filesystem = open(&device, seed);
+    repaired(&filesystem).unwrap();
+    filesystem.close().unwrap();
+    device.clear_hook();
+    assert_eq!(subject.check(&device).unwrap(), [""; 0], "{name}: undisturbed");
+    let expected = shown(subject, &device);
+    let snapshots = std::mem::take(&mut *snapshots.lock().unwrap_or_else(PoisonError::into_inner));
+    let limit = if is_long() { 64 } else { 4 };
+    let mut images = std::collections::BTreeSet::new();
+    for snapshot in &snapshots {
+        let plans = PlanOptions { limit: Some(limit), seed: seed ^ snapshot.boundary(), ..PlanOptions::default() };
+        for plan in snapshot.plans(&plans) {
+            let image = snapshot.crash(&plan);
+            if !images.insert(image.content_hash()) {
+                continue;
+            }
+            let at = format!(
+                "{name}: cut at boundary {} of the repair, {:?}, seed {seed}",
+                snapshot.boundary(),
+                plan.survivors
+            );
+            let device = device_of(image, seed);
+            // A check of what the cut left may find anything, but changes nothing.
+            let before = device.image().content_hash();
+            subject.check(&device).unwrap_or_else(|error| panic!("{at}: {error}"));
+            assert_eq!(device.image().content_hash(), before, "{at}: the check changed the image");
+            let filesystem = open(&device, seed);
+            repaired(&filesystem).unwrap_or_else(|error| panic!("{at}: {error}"));
+            filesystem.close().unwrap();
+            assert_eq!(subject.check(&device).unwrap(), [""; 0], "{at}");
+            let tree = shown(subject, &device);
+            let differing = expected.iter().find(|(path, entry)| tree.get(*path) != Some(*entry)).map(|(path, _)| path);
+            assert!(tree == expected, "{at}: shows something else, first at {differing:?}");
+        }
+    }
+    println!("{name}: {} boundaries, {} different images", snapshots.len(), images.len());
+    images.len()
+}
+
+/// Damages the image by a transaction, past everything that keeps its structures right.
+fn damaged(image: &Image, change: impl Fn(&mut Transaction<'_>) -> Result<()>) -> Image {
+    let device = device_of(image.clone(), 1);
+    let filesystem = open(&device, 1);
+    let options = CommitOptions { raw: true, ..CommitOptions::default() };
+    filesystem.transactions().run(options, |transaction| change(transaction)).unwrap();
+    filesystem.close().unwrap();
+    device.image()
+}
+
+/// The regular files that hold more than a few bytes.
+fn files(transaction: &mut Transaction<'_>) -> Result<Vec<(Position, Inode)>> {
+    let keys = transaction.range(BtreeId::Inodes, Position::MIN, Position::MAX, 100)?;
+    let found = keys.into_iter().map(|(position, value)| (position, Inode::decode(&value).unwrap()));
+    Ok(found.filter(|(_, inode)| inode.mode & 0o170_000 == 0o100_000 && inode.size > 10_000).collect())
+}
+
+fn dirent_of(inode: &Inode) -> Position {
+    Position::new(inode.parent, inode.parent_hash, SNAPSHOT)
+}
+
+#[test]
+fn names_and_counts() {
+    if is_long() {
+        lengthen(10);
+    }
+    let subject = Coppice::default();
+    let image = made(&subject);
+    let counts = damaged(&image, |transaction| {
+        for (position, mut inode) in files(transaction)?.into_iter().take(3) {
+            inode.link_count += 3;
+            inode.allocated_bytes += 4096;
+            transaction.put(BtreeId::Inodes, position, inode.encode()?);
+        }
+        Ok(())
+    });
+    let nameless = damaged(&image, |transaction| {
+        for (_, inode) in files(transaction)?.iter().take(3) {
+            transaction.delete(BtreeId::Dirents, dirent_of(inode));
+        }
+        Ok(())
+    });
+    let folder = damaged(&image, |transaction| {
+        let keys = transaction.range(BtreeId::Inodes, Position::new(2, 0, SNAPSHOT), Position::MAX, 100)?;
+        let inodes = keys.into_iter().map(|(_, value)| Inode::decode(&value).unwrap());
+        let folder = inodes.into_iter().find(|inode| inode.mode & 0o170_000 == 0o040_000).expect("a directory");
+        transaction.delete(BtreeId::Dirents, dirent_of(&folder));
+        Ok(())
+    });
+    let dangling = damaged(&image, |transaction| {
+        for (_, inode) in files(transaction)?.iter().take(2) {
+            let value = transaction.get(BtreeId::Dirents, dirent_of(inode))?.expect("its entry");
+            let mut bucket = DirentBucket::decode(&value)?;
+            bucket.0[0].inode = coppicefs::units::InodeNumber(123_456);
+            transaction.put(BtreeId::Dirents, dirent_of(inode), bucket.encode());
+        }
+        Ok(())
+    });
+    let orphans = damaged(&image, |transaction| {
+        let files = files(transaction)?;
+        transaction.put(BtreeId::Orphans, Position::new(0, files[0].0.inode, SNAPSHOT), Vec::new());
+        transaction.put(BtreeId::Orphans, Position::new(0, 4711, SNAPSHOT), Vec::new());
+        Ok(())
+    });
+    let mut images = 0;
+    for (name, damaged) in [
+        ("link counts", &counts),
+        ("files without names", &nameless),
+        ("a directory without a name", &folder),
+        ("names of nothing", &dangling),
+        ("orphans", &orphans),
+    ] {
+        images += survives(name, &subject, damaged);
+    }
+    assert!(images > 50, "only {images} different images");
+}
+
+#[test]
+fn space() {
+    if is_long() {
+        lengthen(10);
+    }
+    let subject = Coppice::default();
+    let image = made(&subject);
+    let buckets = damaged(&image, |transaction| {
+        let keys = transaction.range(BtreeId::Buckets, Position::MIN, Position::MAX, 1000)?;
+        let decoded = keys.into_iter().map(|(position, value)| (position, Bucket::decode(&value).unwrap()));
+        for (position, mut bucket) in decoded.filter(|(_, bucket)| bucket.state == BucketState::Data).take(2) {
+            bucket.charged_bytes += 4096;
+            transaction.put(BtreeId::Buckets, position, bucket.encode());
+            transaction.put(BtreeId::NeedDiscard, position, Vec::new());
+        }
+        transaction.account(AccountingCounter::DataBytes, 12_288);
+        transaction.account(AccountingCounter::Inodes, -1);
+        Ok(())
+    });
+    let backpointers = damaged(&image, |transaction| {
+        let keys = transaction.range(BtreeId::Backpointers, Position::MIN, Position::MAX, 3)?;
+        for (position, value) in keys {
+            transaction.delete(BtreeId::Backpointers, position);
+            let beside = Position { offset: position.offset + 5, ..position };
+            transaction.put(BtreeId::Backpointers, beside, value.to_vec());
+        }
+        Ok(())
+    });
+    let mut images = 0;
+    for (name, damaged) in [("buckets and counters", &buckets), ("backpointers", &backpointers)] {
+        images += survives(name, &subject, damaged);
+    }
+    assert!(images > 20, "only {images} different images");
+}
+
+/// Bytes on the medium: a copy of the superblock, a copy of a node.
+#[test]
+fn copies() {
+    if is_long() {
+        lengthen(10);
+    }
+    let subject = Coppice::default();
+    let image = made(&subject);
+    let mut superblock = image.clone();
+    superblock.write(copy_offsets(DEVICE_BYTES)[1], &[0xff; 4096]);
+    let device = device_of(image.clone(), 1);
+    let filesystem = open(&device, 1);
+    let roots = &filesystem.opening().newest.roots;
+    let root = roots.iter().find(|root| root.btree == BtreeId::Inodes as u8).expect("inodes");
+    let pointer = coppicefs::format::node::NodePointer::decode(&root.pointer).unwrap();
+    filesystem.close().unwrap();
+    let mut node = image.clone();
+    node.write(pointer.copies[0].offset, &[0; 4096]);
+    for (name, damaged) in [("a copy of the superblock", &superblock), ("a copy of a node", &node)] {
+        survives(name, &subject, damaged);
+    }
+}
