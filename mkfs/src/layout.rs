@@ -1,10 +1,13 @@
 //! Sizes that follow from the size of the device when the user names none.
 
+use coppicefs::filesystem::format::BUCKETS_MIN;
 use coppicefs::format::superblock::Geometry;
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
+/// Smallest bucket.
+const BUCKET_BYTES_MIN: u64 = 64 * KIB;
 
 /// Sizes that the user named.
 #[derive(Clone, Copy, Debug, Default)]
@@ -30,7 +33,7 @@ pub fn choose(device_bytes: u64, wishes: Wishes) -> Result<(Geometry, u64), Stri
     let node = wishes.node_bytes.unwrap_or_else(|| default_node_bytes(device_bytes).min(bucket));
     let block = wishes.block_bytes.unwrap_or(4 * KIB);
     check("--block-size", block, 4 * KIB, 64 * KIB)?;
-    check("--bucket-size", bucket, 64 * KIB, 16 * MIB)?;
+    check("--bucket-size", bucket, BUCKET_BYTES_MIN, 16 * MIB)?;
     check("--node-size", node, 16 * KIB, MIB)?;
     if node > bucket || bucket / node > 64 {
         return Err(format!(
@@ -65,10 +68,13 @@ fn check(option: &str, bytes: u64, minimum: u64, maximum: u64) -> Result<(), Str
     }
 }
 
-/// Some thousands of buckets: few enough to keep track of, many enough for copygc to find empty ones.
+/// Some thousands of buckets: few enough to keep track of, many enough for copygc to find empty ones. Smaller than 256 KiB only where there
+/// would be too few.
 fn default_bucket_bytes(device_bytes: u64) -> u64 {
     let wanted = (device_bytes / 8192).max(1);
-    (1 << wanted.ilog2()).clamp(256 * KIB, 4 * MIB)
+    let most = (device_bytes / BUCKETS_MIN).max(1);
+    let usual: u64 = (1 << wanted.ilog2()).clamp(256 * KIB, 4 * MIB);
+    usual.min(1 << most.ilog2()).max(BUCKET_BYTES_MIN)
 }
 
 /// Large nodes make long appends worth it; small devices cannot afford the reserve that dirty large ones need.
@@ -88,6 +94,10 @@ mod tests {
     fn sizes_follow_the_device() {
         let (small, journal) = choose(128 * MIB, Wishes::default()).unwrap();
         assert_eq!((small.bucket_bytes, small.node_bytes, journal), (256 << 10, 32 << 10, 2 * MIB));
+        for (device_bytes, bucket_bytes) in [(127 * MIB, 128 << 10), (64 * MIB, 128 << 10), (32 * MIB, 64 << 10)] {
+            let (tiny, _) = choose(device_bytes, Wishes::default()).unwrap();
+            assert_eq!(tiny.bucket_bytes, bucket_bytes, "{device_bytes}");
+        }
         let (large, journal) = choose(8192 * GIB, Wishes::default()).unwrap();
         assert_eq!((large.bucket_bytes, large.node_bytes, journal), (4 << 20, 128 << 10, 32 * MIB));
     }

@@ -44,9 +44,10 @@ pub fn plan(options: &FormatOptions, size_bytes: u64) -> Result<Superblock> {
     let bucket_count = size_bytes / bucket_bytes;
     if bucket_count < options.buckets_min {
         return Err(Error::Unusable(format!(
-            "the device is too small: {size_bytes} bytes make {bucket_count} buckets of {bucket_bytes} bytes, at least {} are needed: {} bytes, or a smaller --bucket-size",
+            "the device is too small: {size_bytes} bytes make {bucket_count} buckets of {bucket_bytes} bytes, at least {} are needed, which are {} bytes{}",
             options.buckets_min,
             options.buckets_min * bucket_bytes,
+            if bucket_bytes > 64 << 10 { " (or fewer with a smaller --bucket-size)" } else { "" },
         )));
     }
     let journal_buckets = options.journal_bytes.div_ceil(bucket_bytes).max(1);
