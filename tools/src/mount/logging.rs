@@ -1,12 +1,18 @@
 //! Where messages go: the terminal with `-f`, else syslog, or a file with `--log`. A panic anywhere is a message, too.
 
+use std::fmt::Debug;
 use std::fs::OpenOptions;
 use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::Context;
-use tracing_subscriber::EnvFilter;
+use anyhow::Context as _;
+use rustix::io::Errno;
+use tracing::field::{Field, Visit};
+use tracing::{Event, Level, Subscriber};
+use tracing_subscriber::layer::{Context, SubscriberExt};
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer};
 
 /// Whether the standard error output still is the user's.
 static ON_TERMINAL: AtomicBool = AtomicBool::new(true);
@@ -22,6 +28,37 @@ fn filter(verbose: bool) -> EnvFilter {
     EnvFilter::try_from_env("COPPICE_LOG").unwrap_or_else(|_| EnvFilter::new(default))
 }
 
+/// Drops one message of fuser's that is no error: a request whose process was interrupted is withdrawn by the kernel, which then knows no
+/// request that our answer belongs to.
+struct WithoutWithdrawn;
+
+impl<S: Subscriber> Layer<S> for WithoutWithdrawn {
+    fn event_enabled(&self, event: &Event<'_>, _: Context<'_, S>) -> bool {
+        if *event.metadata().level() != Level::ERROR {
+            return true;
+        }
+        let mut message = Message::default();
+        event.record(&mut message);
+        !message.is_withdrawn
+    }
+}
+
+/// Looks at an event's message.
+#[derive(Default)]
+struct Message {
+    is_withdrawn: bool,
+}
+
+impl Visit for Message {
+    fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
+        if field.name() == "message" {
+            let text = format!("{value:?}");
+            self.is_withdrawn =
+                text.starts_with("Failed to send FUSE reply") && text.contains(&Errno::NOENT.to_string());
+        }
+    }
+}
+
 fn to_file(verbose: bool, path: &Path) -> anyhow::Result<()> {
     let file = OpenOptions::new()
         .append(true)
@@ -31,7 +68,7 @@ fn to_file(verbose: bool, path: &Path) -> anyhow::Result<()> {
     let subscriber =
         tracing_subscriber::fmt().with_env_filter(filter(verbose)).with_ansi(false).with_writer(Mutex::new(file));
     // It fails if there is a subscriber already, which then is the embedding program's.
-    let _ = subscriber.try_init();
+    let _ = subscriber.finish().with(WithoutWithdrawn).try_init();
     Ok(())
 }
 
@@ -41,7 +78,9 @@ pub(super) fn to_terminal(verbose: bool, log: Option<&Path>) -> anyhow::Result<(
     match log {
         Some(path) => to_file(verbose, path),
         None => {
-            let _ = tracing_subscriber::fmt().with_env_filter(filter(verbose)).with_writer(std::io::stderr).try_init();
+            let subscriber =
+                tracing_subscriber::fmt().with_env_filter(filter(verbose)).with_writer(std::io::stderr).finish();
+            let _ = subscriber.with(WithoutWithdrawn).try_init();
             Ok(())
         }
     }
@@ -62,7 +101,10 @@ pub(super) fn to_system(verbose: bool, log: Option<&Path>) -> anyhow::Result<()>
             .with_ansi(false)
             .without_time()
             .with_level(false)
+            .with_target(false)
             .with_writer(syslog)
+            .finish()
+            .with(WithoutWithdrawn)
             .try_init();
     }
     Ok(())
@@ -82,4 +124,43 @@ fn log_panics() {
             previous(panic);
         }
     }));
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Error, Write};
+    use std::sync::Arc;
+
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Written(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Written {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_withdrawn_request_is_no_error() {
+        let written = Written::default();
+        let writer = written.clone();
+        let subscriber = tracing_subscriber::fmt().with_writer(move || writer.clone()).finish();
+        tracing::subscriber::with_default(subscriber.with(WithoutWithdrawn), || {
+            // As fuser words it.
+            for errno in [Errno::NOENT, Errno::INVAL] {
+                tracing::error!("Failed to send FUSE reply: {}", Error::from(errno));
+            }
+            tracing::error!("something else: {}", Error::from(Errno::NOENT));
+        });
+        let text = String::from_utf8(written.0.lock().unwrap().clone()).unwrap();
+        assert_eq!(text.lines().count(), 2, "{text}");
+        assert!(text.contains("Invalid argument") && text.contains("something else"), "{text}");
+    }
 }
