@@ -14,8 +14,8 @@ use crate::vfs::{IOCTL_STATISTICS, IOCTL_SYNC};
 
 /// Bytes that one statistics call carries.
 const PAGE_BYTES: usize = 8192;
-/// Most bytes of statistics that are believed.
-const TEXT_BYTES_MAX: u64 = 1 << 20;
+/// Most answers that statistics may take.
+const PAGES_MAX: usize = 128;
 
 fn open(mount: &Path) -> Result<File> {
     File::open(mount).map_err(|error| Error::io(format!("opening {}", mount.display()), error))
@@ -45,32 +45,29 @@ pub fn sync(mount: &Path) -> Result<()> {
 /// As [`sync`].
 pub fn statistics(mount: &Path) -> Result<Vec<(String, u64)>> {
     let file = open(mount)?;
-    let mut text = Vec::new();
-    loop {
+    let mut counters = Vec::new();
+    let mut cursor = 0_u64;
+    for _ in 0..PAGES_MAX {
         let mut page = [0_u8; PAGE_BYTES];
         if let Some(start) = page.first_chunk_mut() {
-            *start = (text.len() as u64).to_le_bytes();
+            *start = cursor.to_le_bytes();
         }
         // SAFETY: the command's number says that the kernel reads and writes 8192 bytes, which is the size of `page`.
         let outcome = unsafe {
             ioctl(&file, Updater::<{ IOCTL_STATISTICS as rustix::ioctl::Opcode }, [u8; PAGE_BYTES]>::new(&mut page))
         };
         outcome.map_err(|errno| not_ours(mount, errno))?;
-        let (length, rest) =
-            page.split_first_chunk().map_or((0, [].as_slice()), |(length, rest)| (u64::from_le_bytes(*length), rest));
-        let wanted = usize::try_from(length.min(TEXT_BYTES_MAX)).unwrap_or(0).saturating_sub(text.len());
-        if wanted == 0 {
+        let Some((next, text)) = page.split_first_chunk() else { break };
+        let text = String::from_utf8_lossy(text.split(|&byte| byte == 0).next().unwrap_or_default());
+        counters.extend(text.lines().filter_map(|line| {
+            line.split_once(' ').and_then(|(name, value)| Some((name.to_owned(), value.trim().parse().ok()?)))
+        }));
+        cursor = u64::from_le_bytes(*next);
+        if cursor == 0 {
             break;
         }
-        text.extend_from_slice(rest.get(..wanted.min(rest.len())).unwrap_or_default());
     }
-    let text = String::from_utf8_lossy(&text);
-    Ok(text
-        .lines()
-        .filter_map(|line| {
-            line.split_once(' ').and_then(|(name, value)| Some((name.to_owned(), value.trim().parse().ok()?)))
-        })
-        .collect())
+    Ok(counters)
 }
 
 /// What [`shut_down`] does first.

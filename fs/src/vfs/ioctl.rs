@@ -34,8 +34,9 @@ const SHUTDOWN_NO_FLUSH: u32 = 2;
 
 /// Makes everything durable: what `sync(2)` cannot ask of a FUSE filesystem. `_IO(0xc7, 1)`.
 pub const IOCTL_SYNC: u32 = 0xc701;
-/// Counters as text, a line `name value` each. `_IOWR(0xc7, 2, [u8; 8192])`: the input starts with the byte to start at (u64,
-/// little-endian); the answer is the whole text's length in bytes (u64), and then as much of it as fits.
+/// Counters as text, a line `name value` each. `_IOWR(0xc7, 2, [u8; 8192])`: the input starts with the cursor, 0 at first (u64,
+/// little-endian); the answer is the next cursor, 0 at the end (u64), and then as many whole lines as fit. They change between two answers,
+/// but each line is whole, and none is missing.
 pub const IOCTL_STATISTICS: u32 = 0xe000_c702;
 
 /// `FS_XFLAG_*` beside the `FS_*_FL` that means the same.
@@ -176,11 +177,22 @@ impl Vfs {
     }
 
     fn statistics_page(&self, request: &IoctlRequest<'_>) -> Result<IoctlReply> {
-        let start = request.input.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
+        // The cursor is the number of a line: the lines are the same in each answer, only their values change.
+        let cursor = request.input.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
         let text = self.statistics_text();
-        let mut output = (text.len() as u64).to_le_bytes().to_vec();
-        let rest = usize::try_from(start).ok().and_then(|start| text.as_bytes().get(start..)).unwrap_or_default();
-        output.extend_from_slice(rest);
+        let room = usize::try_from(request.output_bytes_max).unwrap_or(usize::MAX);
+        let mut output = vec![0; size_of::<u64>()];
+        let mut next = 0_u64;
+        for (line, number) in text.split_inclusive('\n').zip(0_u64..).skip_while(|(_, number)| *number < cursor) {
+            if output.len() + line.len() > room {
+                next = number;
+                break;
+            }
+            output.extend_from_slice(line.as_bytes());
+        }
+        // A page in which no line fits ends it: the caller would ask for ever.
+        let next = if next == cursor { 0 } else { next };
+        output.splice(..size_of::<u64>(), next.to_le_bytes());
         Ok(IoctlReply { result: 0, output }.cut(request.output_bytes_max))
     }
 }

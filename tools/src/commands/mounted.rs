@@ -1,5 +1,6 @@
 //! `coppice stats` and `coppice sync`: what is asked of a mounted filesystem.
 
+use std::io::Write as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -14,8 +15,8 @@ pub struct StatsArguments {
     /// As JSON
     #[arg(long)]
     json: bool,
-    /// Show again every second what has changed, until interrupted
-    #[arg(long, conflicts_with = "json")]
+    /// Show again every second what has changed, until interrupted; with --json all counters, an object a line
+    #[arg(long)]
     watch: bool,
     /// Mountpoint, or anything in it
     mount: PathBuf,
@@ -34,23 +35,37 @@ pub struct SyncArguments {
 /// If it is not a mount of ours.
 pub fn stats(arguments: &StatsArguments) -> anyhow::Result<()> {
     let mut counters = client::statistics(&arguments.mount)?;
-    if arguments.json {
-        let map: serde_json::Map<_, _> =
-            counters.into_iter().map(|(name, value)| (name, serde_json::Value::from(value))).collect();
-        return output::json(&map);
+    match (arguments.json, arguments.watch) {
+        (true, false) => return output::json(&object(&counters)),
+        (true, true) => print_line(&counters)?,
+        (false, _) => print(&counters),
     }
-    print(&counters);
     if !arguments.watch {
         return Ok(());
     }
     loop {
         std::thread::sleep(Duration::from_secs(1));
         let now = client::statistics(&arguments.mount)?;
+        if arguments.json {
+            print_line(&now)?;
+            continue;
+        }
         let changed: Vec<_> = now.iter().filter(|counter| !counters.contains(counter)).cloned().collect();
         println!();
         print(&changed);
         counters = now;
     }
+}
+
+fn object(counters: &[(String, u64)]) -> serde_json::Map<String, serde_json::Value> {
+    counters.iter().map(|(name, value)| (name.clone(), serde_json::Value::from(*value))).collect()
+}
+
+fn print_line(counters: &[(String, u64)]) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    serde_json::to_writer(&mut out, &object(counters))?;
+    writeln!(out)?;
+    Ok(out.flush()?)
 }
 
 fn print(counters: &[(String, u64)]) {
