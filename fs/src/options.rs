@@ -25,6 +25,8 @@ pub enum CacheMode {
     /// The kernel's, for reads and mappings; every write reaches the daemon before write(2) returns.
     #[default]
     Kernel,
+    /// The kernel's, for writes too: it delays them, and what then does not fit or cannot be written is reported by fsync and close.
+    Writeback,
     /// The daemon's alone: every read and write reaches it; the kernel caches mappings only.
     Daemon,
 }
@@ -194,16 +196,17 @@ pub const MOUNT_OPTIONS: &[OptionDefinition] = &[
     flag("dirsync", false, |o| o.directory_synchronous = true, "changes of directories are durable before they return"),
     value(
         "cache",
-        "kernel|daemon",
+        "kernel|writeback|daemon",
         |o, text| {
             o.cache = match text {
                 "kernel" => CacheMode::Kernel,
+                "writeback" => CacheMode::Writeback,
                 "daemon" => CacheMode::Daemon,
-                _ => return Err(Error::Invalid(format!("cache `{text}` is none of: kernel, daemon"))),
+                _ => return Err(Error::Invalid(format!("cache `{text}` is none of: kernel, writeback, daemon"))),
             };
             Ok(())
         },
-        "whose cache serves reads: the kernel's (default), or the daemon's alone",
+        "whose cache holds file data: the kernel's for reads (default), the kernel's for delayed writes too, or the daemon's alone",
     ),
     value(
         "cache_size",
@@ -417,7 +420,7 @@ mod tests {
             ("rw,nosuch", "nosuch"),
             ("ro=1", "ro"),
             ("cache", "cache"),
-            ("cache=writeback", "writeback"),
+            ("cache=both", "both"),
             ("cache_size=1M", "16M"),
             ("cache_size=12Q", "12Q"),
             ("threads=0", "threads"),

@@ -168,7 +168,8 @@ fn copy_a_tree(compression: &str) {
         fs::create_dir(&source).unwrap();
         make_tree(&source);
     }
-    site.mount("");
+    // One of them with the kernel's delayed writes.
+    site.mount(if compression == "lz4" { "cache=writeback" } else { "" });
     let (copied, synchronised) = (site.mnt().join("copied"), site.mnt().join("synchronised"));
     timed(&format!("{compression}: cp -a"), || run(command("cp").arg("-a").args([&source, &copied])));
     let mut from = source.clone().into_os_string();
@@ -259,7 +260,8 @@ fn sqlite_commits() {
     let transactions = count("COPPICE_SQLITE_TRANSACTIONS", 60);
     let Some(site) = Site::formatted("256M", &[]) else { return };
     site.mount("");
-    for mode in ["delete", "wal"] {
+    for (mode, cache) in [("delete", "writeback"), ("wal", "kernel")] {
+        site.remount(&format!("cache={cache}"));
         let database = site.mnt().join(format!("{mode}.db"));
         let mut script = format!(
             "PRAGMA journal_mode={mode}; PRAGMA synchronous=FULL; CREATE TABLE t(id INTEGER PRIMARY KEY, v TEXT);\n"
@@ -372,6 +374,11 @@ fn verify_with_fio(cache: &str) {
 #[test]
 fn fio_verifies_through_the_kernels_cache() {
     verify_with_fio("kernel");
+}
+
+#[test]
+fn fio_verifies_through_the_kernels_delayed_writes() {
+    verify_with_fio("writeback");
 }
 
 #[test]

@@ -17,6 +17,13 @@ fn on_a_mount(options: &str, test: impl FnOnce(&Site)) {
     site.unmount_and_check();
 }
 
+/// For what a cache of file data in front of us could get wrong.
+fn on_a_mount_of_each_mode(options: &str, test: impl Fn(&Site)) {
+    for mode in ["kernel", "writeback", "daemon"] {
+        on_a_mount(format!("cache={mode},{options}").trim_end_matches(','), &test);
+    }
+}
+
 #[test]
 fn renames_with_flags_and_unnamed_files() {
     on_a_mount("", |site| {
@@ -46,7 +53,7 @@ fn renames_with_flags_and_unnamed_files() {
 
 #[test]
 fn an_unlinked_file_lives_until_it_is_closed() {
-    on_a_mount("", |site| {
+    on_a_mount_of_each_mode("", |site| {
         site.sync();
         let path = site.mnt().join("file");
         let mut file = File::options().create(true).truncate(true).read(true).write(true).open(&path).unwrap();
@@ -71,7 +78,7 @@ fn an_unlinked_file_lives_until_it_is_closed() {
 
 #[test]
 fn appends_from_many_handles_are_whole() {
-    on_a_mount("", |site| {
+    on_a_mount_of_each_mode("", |site| {
         const RECORD: usize = 37;
         let path = site.mnt().join("log");
         std::thread::scope(|scope| {
@@ -99,7 +106,7 @@ fn appends_from_many_handles_are_whole() {
 
 #[test]
 fn allocation_holes_and_seeking() {
-    for options in ["", "cache=daemon"] {
+    for options in ["", "cache=writeback", "cache=daemon"] {
         on_a_mount(options, |site| {
             let path = site.mnt().join("file");
             let file = File::options().create(true).truncate(true).read(true).write(true).open(&path).unwrap();
@@ -142,7 +149,7 @@ fn site_remount_compare(site: &Site, options: &str, path: &std::path::Path, file
 
 #[test]
 fn copies_inside_the_filesystem() {
-    on_a_mount("", |site| {
+    on_a_mount_of_each_mode("", |site| {
         let bytes: Vec<u8> = (0..3_000_000_u32).map(|index| (index.wrapping_mul(2_654_435_761) >> 11) as u8).collect();
         let (from, to) = (site.mnt().join("from"), site.mnt().join("to"));
         fs::write(&from, &bytes).unwrap();
@@ -164,7 +171,7 @@ fn copies_inside_the_filesystem() {
 
 #[test]
 fn writing_and_chown_clear_set_id_bits() {
-    on_a_mount("suid", |site| {
+    on_a_mount_of_each_mode("suid", |site| {
         if !installed("setpriv") {
             return;
         }

@@ -231,7 +231,7 @@ fn what_cannot_work_is_refused_in_one_line() {
     }
     place.unmount();
     let help = place.run(&["--help"]);
-    assert!(help.status.success() && String::from_utf8(help.stdout).unwrap().contains("cache=kernel|daemon"));
+    assert!(help.status.success() && String::from_utf8(help.stdout).unwrap().contains("cache=kernel|writeback|daemon"));
 }
 
 #[test]

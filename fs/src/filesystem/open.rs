@@ -17,7 +17,7 @@ use crate::format::superblock::{KNOWN_READ_ONLY_COMPAT, Superblock};
 use crate::format::{BtreeId, ChecksumKind, CompressionKind, Position};
 use crate::journal::{Journal, JournalConfig, Log, journal_identity, read_log};
 use crate::metrics::Metrics;
-use crate::options::{AccessTimes, CompressionChoice, MountOptions};
+use crate::options::{AccessTimes, CacheMode, CompressionChoice, MountOptions};
 use crate::pagecache::{Cache, CacheOptions, spawn_threads};
 use crate::recovery::{replay, superblock};
 use crate::snapshot::Snapshots;
@@ -65,6 +65,8 @@ pub struct OpenOptions {
     pub record_bytes_max: u32,
     /// Age at which dirty data is written back.
     pub writeback_age: Duration,
+    /// The kernel delays writes to files.
+    pub kernel_delays_writes: bool,
     /// Everything is durable when it returns.
     pub synchronous: bool,
     /// Changes of names are durable when they return.
@@ -84,6 +86,7 @@ impl Default for OpenOptions {
             switches: TestSwitches::default(),
             record_bytes_max: 1 << 20,
             writeback_age: Duration::from_secs(5),
+            kernel_delays_writes: false,
             synchronous: false,
             directory_synchronous: false,
         }
@@ -98,6 +101,7 @@ impl From<&MountOptions> for OpenOptions {
             commit_interval: mount.commit_interval,
             compression: mount.compression,
             access_times: mount.access_times,
+            kernel_delays_writes: mount.cache == CacheMode::Writeback,
             synchronous: mount.synchronous,
             directory_synchronous: mount.directory_synchronous,
             ..Self::default()
@@ -420,6 +424,7 @@ impl Filesystem {
                 },
                 writeback_age: options.writeback_age,
                 synchronous: options.synchronous,
+                kernel_delays_writes: options.kernel_delays_writes,
                 directory_synchronous: options.directory_synchronous,
                 ..VfsOptions::default()
             },

@@ -3,7 +3,9 @@
 //! Invariants:
 //! 1. Every request is answered exactly once. A panic in one is caught, counted and logged, the filesystem is told to latch
 //!    read-only, then that request gets `EIO`, and the session goes on.
-//! 2. `ENOSYS` never leaves: the kernel would latch it. Every method of fuser's trait is overridden for the same reason.
+//! 2. `ENOSYS` never leaves, but as the answer to FLUSH: the kernel would latch it. Every method of fuser's trait is overridden for the same
+//!    reason. That FLUSH is never sent again is what we want where no write is delayed: close(2) still writes out shared mappings and
+//!    reports what failed of them, and saves a round trip for every file. With `cache=writeback` FLUSH stays.
 //! 3. Nothing of the filesystem is locked while a reply is written.
 
 use std::cell::RefCell;
@@ -12,17 +14,19 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::sync::OnceLock;
 use std::time::{Duration, SystemTime};
 
 use fuser::{
     AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, FopenFlags, Generation, INodeNo, IoctlFlags,
-    KernelConfig, LockOwner, OpenFlags, PollEvents, PollFlags, PollNotifier, RenameFlags, ReplyAttr, ReplyBmap,
-    ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLock,
-    ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    KernelConfig, LockOwner, Notifier, OpenFlags, PollEvents, PollFlags, PollNotifier, RenameFlags, ReplyAttr,
+    ReplyBmap, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl,
+    ReplyLock, ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
 use super::attributes::{self, LIFETIME};
 use super::init::{self, Negotiated};
+use super::launder::Launderer;
 use super::operations::{Operations, PageBatch};
 use crate::error::{Error, Result};
 use crate::metrics::Metrics;
@@ -45,6 +49,7 @@ pub(super) struct Adapter<O: Operations> {
     cache: CacheMode,
     negotiated: Arc<Mutex<Negotiated>>,
     phantoms: Phantoms,
+    launderer: Launderer,
 }
 
 /// Lookups that the kernel will give back though none was counted: entries of readdirplus without attributes (see
@@ -80,27 +85,24 @@ impl Phantoms {
 }
 
 impl<O: Operations> Adapter<O> {
-    pub(super) fn new(operations: Arc<O>, cache: CacheMode, negotiated: Arc<Mutex<Negotiated>>) -> Self {
-        Self { operations, cache, negotiated, phantoms: Phantoms::default() }
+    pub(super) fn new(
+        operations: Arc<O>,
+        cache: CacheMode,
+        negotiated: Arc<Mutex<Negotiated>>,
+        notifier: Arc<OnceLock<Notifier>>,
+    ) -> Self {
+        let launderer = Launderer::new(notifier);
+        Self { operations, cache, negotiated, phantoms: Phantoms::default(), launderer }
     }
 
-    /// Runs one request; see invariant 1. The filesystem is latched before the answer is sent.
+    /// Runs one request.
     fn run<T>(&self, operation: &'static str, body: impl FnOnce(&O) -> Result<T>) -> Result<T, Errno> {
-        let payload = match catch_unwind(AssertUnwindSafe(|| body(&self.operations))) {
-            Ok(result) => return result.map_err(|error| errno(operation, &error)),
-            Err(payload) => payload,
-        };
-        let message = panic_message(payload.as_ref());
-        tracing::error!(operation, message, "a request panicked: it fails with EIO, the filesystem becomes read-only");
-        if catch_unwind(AssertUnwindSafe(|| self.operations.request_panicked(operation, message))).is_err() {
-            tracing::error!("latching read-only panicked, too");
-        }
-        Err(Errno::EIO)
+        run(&*self.operations, operation, body)
     }
 
     fn open_flags(&self, flags: i32) -> FopenFlags {
         match self.cache {
-            CacheMode::Kernel => FopenFlags::FOPEN_KEEP_CACHE,
+            CacheMode::Kernel | CacheMode::Writeback => FopenFlags::FOPEN_KEEP_CACHE,
             // Parallel only on O_DIRECT descriptors: a larger write would lose its atomicity elsewhere.
             CacheMode::Daemon if flags & libc::O_DIRECT != 0 => {
                 FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES
@@ -108,6 +110,24 @@ impl<O: Operations> Adapter<O> {
             CacheMode::Daemon => FopenFlags::FOPEN_DIRECT_IO,
         }
     }
+}
+
+/// Runs one request; see invariant 1. The filesystem is latched before the answer is sent.
+fn run<O: Operations, T>(
+    operations: &O,
+    operation: &'static str,
+    body: impl FnOnce(&O) -> Result<T>,
+) -> Result<T, Errno> {
+    let payload = match catch_unwind(AssertUnwindSafe(|| body(operations))) {
+        Ok(result) => return result.map_err(|error| errno(operation, &error)),
+        Err(payload) => payload,
+    };
+    let message = panic_message(payload.as_ref());
+    tracing::error!(operation, message, "a request panicked: it fails with EIO, the filesystem becomes read-only");
+    if catch_unwind(AssertUnwindSafe(|| operations.request_panicked(operation, message))).is_err() {
+        tracing::error!("latching read-only panicked, too");
+    }
+    Err(Errno::EIO)
 }
 
 fn panic_message(payload: &(dyn std::any::Any + Send)) -> &str {
@@ -187,7 +207,7 @@ fn reply_pages(metrics: &Metrics, reply: ReplyData, pages: &impl PageBatch) {
 
 impl<O: Operations> fuser::Filesystem for Adapter<O> {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
-        *self.negotiated.lock() = init::negotiate(config);
+        *self.negotiated.lock() = init::negotiate(config, self.cache);
         Ok(())
     }
 
@@ -338,7 +358,7 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
         offset: u64,
         size: u32,
         flags: OpenFlags,
-        _: Option<LockOwner>,
+        owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
         let read = ReadRequest {
@@ -348,7 +368,12 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
             length_bytes: size,
             direct: flags.0 & libc::O_DIRECT != 0,
         };
-        match self.run("read", |operations| operations.read(&caller(request, 0), &read)) {
+        // Only reads that go past the page cache, straight into the program's memory, name an owner: a part is an answer for them.
+        let answer = self.run("read", |operations| match owner {
+            Some(_) => operations.read_some(&caller(request, 0), &read),
+            None => operations.read(&caller(request, 0), &read),
+        });
+        match answer {
             Ok(pages) => reply_pages(self.operations.metrics(), reply, &pages),
             Err(errno) => reply.error(errno),
         }
@@ -387,7 +412,11 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
     }
 
     fn flush(&self, request: &Request, node: INodeNo, handle: FileHandle, _: LockOwner, reply: ReplyEmpty) {
-        reply_empty(reply, self.run("flush", |operations| operations.flush(&caller(request, 0), node.0, handle.0)));
+        match self.run("flush", |operations| operations.flush(&caller(request, 0), node.0, handle.0)) {
+            // See invariant 2.
+            Ok(()) if self.cache != CacheMode::Writeback => reply.error(Errno::ENOSYS),
+            flushed => reply_empty(reply, flushed),
+        }
     }
 
     fn release(
@@ -670,12 +699,20 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
             _ => return reply.error(Errno::EINVAL),
         };
         let Ok(offset) = u64::try_from(offset) else { return reply.error(Errno::ENXIO) };
-        match self.run("lseek", |operations| operations.seek(&caller(request, 0), node.0, handle.0, offset, what)) {
-            Ok(found) => match i64::try_from(found) {
-                Ok(found) => reply.offset(found),
-                Err(_) => reply.error(Errno::EOVERFLOW),
-            },
-            Err(errno) => reply.error(errno),
+        let (operations, caller) = (Arc::clone(&self.operations), caller(request, 0));
+        let is_dirty = self.run("lseek", |operations| Ok(operations.may_be_dirty_in_kernel(node.0)));
+        let answer = move || {
+            let found =
+                run(&*operations, "lseek", |operations| operations.seek(&caller, node.0, handle.0, offset, what));
+            match found.map(i64::try_from) {
+                Ok(Ok(found)) => reply.offset(found),
+                Ok(Err(_)) => reply.error(Errno::EOVERFLOW),
+                Err(errno) => reply.error(errno),
+            }
+        };
+        match is_dirty {
+            Ok(true) => self.launderer.launder(node.0, answer),
+            _ => answer(),
         }
     }
 

@@ -3,15 +3,22 @@
 
 use fuser::{InitFlags, KernelConfig};
 
+use crate::options::CacheMode;
+
 /// Largest WRITE and READ: 256 pages, the kernel's default `max_pages_limit`.
 pub const REQUEST_BYTES_MAX: u32 = 1 << 20;
 
 /// Requests that the kernel may have in flight in the background (readahead, asynchronous direct I/O).
 const BACKGROUND_REQUESTS_MAX: u16 = 128;
 
-/// What the design asks for; `WRITEBACK_CACHE` and `ATOMIC_O_TRUNC` are not among them.
-fn wanted() -> InitFlags {
-    InitFlags::FUSE_PARALLEL_DIROPS
+/// What the design asks for; `ATOMIC_O_TRUNC` is not among it.
+fn wanted(cache: CacheMode) -> InitFlags {
+    let delayed_writes = match cache {
+        CacheMode::Writeback => InitFlags::FUSE_WRITEBACK_CACHE,
+        CacheMode::Kernel | CacheMode::Daemon => InitFlags::empty(),
+    };
+    delayed_writes
+        | InitFlags::FUSE_PARALLEL_DIROPS
         | InitFlags::FUSE_DO_READDIRPLUS
         | InitFlags::FUSE_READDIRPLUS_AUTO
         | InitFlags::FUSE_ASYNC_DIO
@@ -56,9 +63,9 @@ impl Negotiated {
 }
 
 /// Asks for what is wanted as far as this kernel has it.
-pub(super) fn negotiate(config: &mut KernelConfig) -> Negotiated {
+pub(super) fn negotiate(config: &mut KernelConfig, cache: CacheMode) -> Negotiated {
     let offered = config.capabilities();
-    let granted = wanted() & offered;
+    let granted = wanted(cache) & offered;
     // Cannot fail: it is a subset of what is offered.
     let _ = config.add_capabilities(granted);
     let _ = config.set_max_write(REQUEST_BYTES_MAX);

@@ -612,6 +612,20 @@ impl Operations for MemoryFilesystem {
         Ok(MemoryPages(read_blocks(blocks, size, request.offset, request.length_bytes.into())))
     }
 
+    fn read_some(&self, caller: &Caller, request: &ReadRequest) -> Result<MemoryPages> {
+        self.read(caller, request)
+    }
+
+    fn may_be_dirty_in_kernel(&self, _: u64) -> bool {
+        false
+    }
+
+    fn landing_bytes_max(&self) -> u64 {
+        0
+    }
+
+    fn hold_landing_reserve(&self, _: u64) {}
+
     fn write(&self, _: &Caller, request: &WriteRequest<'_>) -> Result<u32> {
         let mut state = self.enter_seen(Seen {
             operation: "write",

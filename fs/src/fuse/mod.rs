@@ -13,6 +13,7 @@ mod adapter;
 mod attributes;
 pub mod client;
 mod init;
+mod launder;
 mod memory_filesystem;
 pub mod mounts;
 mod operations;

@@ -267,11 +267,37 @@ impl Mounted {
     /// # Errors
     /// If sysfs refuses.
     pub fn set_read_ahead_kib(&self, kib: u32) -> Result<()> {
+        self.set_tunable("read_ahead_kb", kib.into())
+    }
+
+    /// The most bytes that the kernel's page cache may hold for this mount unwritten, as far as it keeps to it (Linux 6.3).
+    ///
+    /// # Errors
+    /// If sysfs does not tell.
+    pub fn dirty_bytes_max(&self) -> Result<u64> {
+        let path = self.tunable("max_bytes")?;
+        let text = std::fs::read_to_string(&path).map_err(|error| Error::io(format!("cannot read {path}"), error))?;
+        text.trim().parse().map_err(|_| Error::Unusable(format!("{path} holds no number")))
+    }
+
+    /// Changes that; root only.
+    ///
+    /// # Errors
+    /// If sysfs refuses.
+    pub fn set_dirty_bytes_max(&self, bytes: u64) -> Result<()> {
+        self.set_tunable("max_bytes", bytes)
+    }
+
+    fn tunable(&self, name: &str) -> Result<String> {
         let Some((major, minor)) = self.device else {
             return Err(Error::Unusable("the mount's device number is not known".into()));
         };
-        let path = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
-        std::fs::write(&path, kib.to_string()).map_err(|error| Error::io(format!("cannot write {path}"), error))
+        Ok(format!("/sys/class/bdi/{major}:{minor}/{name}"))
+    }
+
+    fn set_tunable(&self, name: &str, value: u64) -> Result<()> {
+        let path = self.tunable(name)?;
+        std::fs::write(&path, value.to_string()).map_err(|error| Error::io(format!("cannot write {path}"), error))
     }
 }
 

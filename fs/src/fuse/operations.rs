@@ -8,7 +8,8 @@
 //!   of set-user-id bits are the implementation's.
 //! - Every [`Entry`] that is returned (lookup, mknod, mkdir, symlink, link, create, an accepted entry of readdirplus other than
 //!   "." and "..") counts one lookup of its node, which `forget` gives back.
-//! - A READ on a cached handle answers everything up to the end of the file, or an error; never a shorter prefix.
+//! - A READ on a cached handle answers everything up to the end of the file, or an error; never a shorter prefix ([`Operations::read_some`] is
+//!   for the others).
 //! - No lock is held when a method returns: what it returns ([`PageBatch`]) holds references only.
 //! - Methods are called from several threads at once, and may block; they may not wait for another request.
 
@@ -146,6 +147,21 @@ pub trait Operations: Send + Sync + 'static {
     /// # Errors
     /// `EIO` for damaged blocks.
     fn read(&self, caller: &Caller, request: &ReadRequest) -> Result<Self::Pages>;
+
+    /// As [`Self::read`], but may stop before a damaged block: for reads that no cache keeps.
+    ///
+    /// # Errors
+    /// `EIO` if the first block is damaged.
+    fn read_some(&self, caller: &Caller, request: &ReadRequest) -> Result<Self::Pages>;
+
+    /// Whether the kernel's page cache may hold bytes of the file that no write has brought.
+    fn may_be_dirty_in_kernel(&self, node: u64) -> bool;
+
+    /// The most that [`Self::hold_landing_reserve`] would hold, in bytes.
+    fn landing_bytes_max(&self) -> u64;
+
+    /// The kernel may hold this many bytes of delayed writes: keep space for them. With `cache=writeback`, before the first request.
+    fn hold_landing_reserve(&self, bytes: u64);
 
     /// Writes; returns how many bytes.
     ///

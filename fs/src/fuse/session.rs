@@ -1,5 +1,7 @@
 //! One mount that is being served.
 
+use std::sync::OnceLock;
+
 use fuser::{Config, SessionACL};
 
 use super::adapter::Adapter;
@@ -46,7 +48,8 @@ impl<O: Operations> Session<O> {
     pub fn mount(operations: Arc<O>, request: &MountRequest, settings: SessionSettings) -> Result<Self> {
         let (connection, mounted) = mounts::mount(request)?;
         let negotiated = Arc::new(Mutex::new(Negotiated::default()));
-        let adapter = Adapter::new(operations, settings.cache, Arc::clone(&negotiated));
+        let notifier = Arc::new(OnceLock::new());
+        let adapter = Adapter::new(operations, settings.cache, Arc::clone(&negotiated), Arc::clone(&notifier));
         // With the kernel's permission checks switched on, this is about which user's requests fuser lets through at all.
         let acl = if request.allow_other { SessionACL::All } else { SessionACL::Owner };
         let mut config = Config::default();
@@ -56,6 +59,7 @@ impl<O: Operations> Session<O> {
         config.clone_fd = std::fs::OpenOptions::new().read(true).write(true).open("/dev/fuse").is_ok();
         match fuser::Session::from_fd(adapter, connection, acl, config) {
             Ok(session) => {
+                let _ = notifier.set(session.notifier());
                 let negotiated = *negotiated.lock();
                 Ok(Self { session, mounted, negotiated })
             }

@@ -90,6 +90,22 @@ impl Operations for Vfs {
         self.read(caller, request)
     }
 
+    fn read_some(&self, caller: &Caller, request: &ReadRequest) -> Result<PageBatch> {
+        self.read_some(caller, request)
+    }
+
+    fn may_be_dirty_in_kernel(&self, node: u64) -> bool {
+        self.may_be_dirty_in_kernel(node)
+    }
+
+    fn landing_bytes_max(&self) -> u64 {
+        self.landing_bytes_max()
+    }
+
+    fn hold_landing_reserve(&self, bytes: u64) {
+        self.hold_landing_reserve(bytes)
+    }
+
     fn write(&self, caller: &Caller, request: &WriteRequest<'_>) -> Result<u32> {
         self.write(caller, request)
     }

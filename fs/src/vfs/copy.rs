@@ -51,9 +51,9 @@ impl Vfs {
         buffer: &mut [u8],
     ) -> Result<u64> {
         let size = source.inode.size();
-        let bytes = self.read_into(source, from, length, size, &mut CopySink::new(buffer))?;
+        let bytes = self.read_into(source, from, length, size, &mut CopySink::new(buffer))?.into_result()?;
         let data = usize::try_from(bytes).ok().and_then(|bytes| buffer.get(..bytes));
         let data = data.ok_or_else(|| Error::Bug("a copy read more than it asked for".into()))?;
-        self.write_bytes(&target.inode, WriteAt::Offset(to), data, true)
+        self.write_bytes(&target.inode, WriteAt::Offset(to), data, true, false)
     }
 }

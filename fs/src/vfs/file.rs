@@ -11,7 +11,7 @@ use super::types::{Caller, Opened, ReadRequest, Seek, WriteRequest};
 use crate::error::{Error, Result};
 use crate::format::namespace::FileType;
 use crate::namespace::{FLAG_APPEND, FLAG_IMMUTABLE, FLAG_SYNC};
-use crate::pagecache::{self, PageBatch, ReadContext, ReadSink, WriteContext};
+use crate::pagecache::{self, PageBatch, ReadContext, ReadOutcome, ReadSink, WriteContext};
 use crate::space::SpaceReservation;
 use crate::sync::{Arc, Mutex};
 use crate::transaction::CommitOptions;
@@ -83,7 +83,7 @@ impl Vfs {
     /// `EBADF`.
     pub fn release(&self, _node: u64, handle: u64) -> Result<()> {
         let handle = self.handles.close(handle)?;
-        if handle.inode.closed() {
+        if handle.inode.closed(handle.is_writable()) {
             self.reap_if_unused(handle.inode.number);
         }
         Ok(())
@@ -113,13 +113,30 @@ impl Vfs {
     /// # Errors
     /// `EIO` for damaged blocks.
     pub fn read(&self, _caller: &Caller, request: &ReadRequest) -> Result<PageBatch> {
+        self.read_pages(request, false)
+    }
+
+    /// As [`Self::read`], but what lies before a damaged block is answered without it: for a caller that takes the answer to its program as
+    /// it is, and keeps none of it.
+    ///
+    /// # Errors
+    /// `EIO` if the first block is damaged.
+    pub fn read_some(&self, _caller: &Caller, request: &ReadRequest) -> Result<PageBatch> {
+        self.read_pages(request, true)
+    }
+
+    fn read_pages(&self, request: &ReadRequest, may_stop_early: bool) -> Result<PageBatch> {
         let handle = self.file_handle(request.node, request.handle)?;
         let length = u64::from(request.length_bytes);
         // A truncation during the read may have taken the end away after it was looked at: zeros from behind it are not answered.
         for _ in 0..super::RETRIES {
             let mut batch = PageBatch::new();
             let size = handle.inode.size();
-            let bytes = self.read_into(&handle, request.offset, length, size, &mut batch)?;
+            let outcome = self.read_into(&handle, request.offset, length, size, &mut batch)?;
+            let bytes = match outcome {
+                ReadOutcome { bytes, error: Some(_) } if may_stop_early && bytes > 0 => bytes,
+                outcome => outcome.into_result()?,
+            };
             if handle.inode.size() >= request.offset.saturating_add(bytes).min(size) {
                 return Ok(batch);
             }
@@ -127,7 +144,7 @@ impl Vfs {
         Err(Error::Posix(Errno::IO))
     }
 
-    /// Gives what lies below `size` of the range to `sink`; returns how many bytes that were.
+    /// Gives what lies below `size` of the range to `sink`.
     pub(super) fn read_into(
         &self,
         handle: &Handle,
@@ -135,11 +152,11 @@ impl Vfs {
         length: u64,
         size: u64,
         sink: &mut dyn ReadSink,
-    ) -> Result<u64> {
+    ) -> Result<ReadOutcome> {
         let file = Self::file_of(&handle.inode)?;
         let length = size.saturating_sub(offset).min(length);
         if length == 0 {
-            return Ok(0);
+            return Ok(ReadOutcome { bytes: 0, error: None });
         }
         let context = ReadContext {
             space: &file.pages,
@@ -147,18 +164,24 @@ impl Vfs {
             readahead: Some(&handle.readahead),
             end_of_file: size,
         };
-        let bytes = pagecache::read_iter(&context, offset, length, sink).into_result()?;
-        self.touch_access(&handle.inode, handle.flags);
-        Ok(bytes)
+        let outcome = pagecache::read_iter(&context, offset, length, sink);
+        if outcome.bytes > 0 {
+            self.touch_access(&handle.inode, handle.flags);
+        }
+        Ok(outcome)
     }
 
     /// Promises space for `bytes` at `offset`. Space that fallocate holds there is used where no other is left.
-    fn reserve_for_write(&self, inode: &VfsInode, at: WriteAt, length: u64) -> Result<SpaceReservation> {
+    /// What the kernel has `delayed` lands in the reserve for it.
+    fn reserve_for_write(&self, inode: &VfsInode, at: WriteAt, length: u64, delayed: bool) -> Result<SpaceReservation> {
         let block = u64::from(self.superblock.geometry.block_bytes);
         let bytes = match at {
             WriteAt::Offset(offset) => round_up(offset + length, block) - round_down(offset, block),
             WriteAt::End => round_up(length, block) + block,
         };
+        if delayed && let Ok(reservation) = self.space.reserve(bytes).or_else(|_| self.take_landing_reserve(bytes)) {
+            return Ok(reservation);
+        }
         match self.admit(|| self.space.reserve(bytes)) {
             Err(Error::NoSpace(reason)) => {
                 let WriteAt::Offset(offset) = at else { return Err(Error::NoSpace(reason)) };
@@ -194,27 +217,32 @@ impl Vfs {
             Some(handle) => Arc::clone(&handle.inode),
             None => self.inode(request.node)?,
         };
-        let at =
-            if request.append && !request.from_page_cache { WriteAt::End } else { WriteAt::Offset(request.offset) };
+        // Where the kernel delays writes, it alone knows where the file ends.
+        let is_append = request.append && !request.from_page_cache;
+        let at = if is_append && !self.options.kernel_delays_writes {
+            WriteAt::End
+        } else {
+            WriteAt::Offset(request.offset)
+        };
         let flags = inode.state().inode.flags;
-        if !request.from_page_cache && (flags & FLAG_IMMUTABLE != 0 || (flags & FLAG_APPEND != 0 && at != WriteAt::End))
-        {
+        if !request.from_page_cache && (flags & FLAG_IMMUTABLE != 0 || (flags & FLAG_APPEND != 0 && !is_append)) {
             return Err(Errno::PERM.into());
         }
-        let bytes = self.write_bytes(&inode, at, request.data, request.clear_set_id)?;
+        let bytes = self.write_bytes(&inode, at, request.data, request.clear_set_id, request.from_page_cache)?;
         if (request.synchronous && !request.from_page_cache) || flags & FLAG_SYNC != 0 || self.is_synchronous() {
             self.make_durable(&inode, true)?;
         }
         Ok(u32::try_from(bytes).unwrap_or(u32::MAX))
     }
 
-    /// Puts bytes into the page cache, with their space promised first. Returns how many.
+    /// Puts bytes into the page cache, with their space promised first. Returns how many. `delayed`: they come from the kernel's page cache.
     pub(super) fn write_bytes(
         &self,
         inode: &Arc<VfsInode>,
         at: WriteAt,
         data: &[u8],
         clear_set_id: bool,
+        delayed: bool,
     ) -> Result<u64> {
         let file = Self::file_of(inode)?;
         if data.is_empty() {
@@ -227,7 +255,7 @@ impl Vfs {
             }
             length = length.min(FILE_BYTES_MAX - offset);
         }
-        let reservation = self.reserve_for_write(inode, at, length)?;
+        let reservation = self.reserve_for_write(inode, at, length, delayed)?;
         let is_lending = clear_set_id && {
             let mode = inode.state().inode.mode;
             without_set_id(mode) != mode
@@ -255,6 +283,10 @@ impl Vfs {
         length = length.min(FILE_BYTES_MAX.saturating_sub(offset));
         let data = usize::try_from(length).ok().and_then(|length| data.get(..length)).unwrap_or(data);
         let outcome = self.write_pages(inode, file, offset, data, reservation);
+        // What the kernel has delayed happened earlier; it sends the time of that itself.
+        if outcome.bytes > 0 && !(delayed && self.options.kernel_delays_writes) {
+            self.note_modification(inode);
+        }
         drop((shared, exclusive));
         match outcome.error {
             Some(error) if outcome.bytes == 0 => Err(error),
@@ -285,14 +317,16 @@ impl Vfs {
         let surplus = promised_blocks.saturating_sub(outcome.newly_dirty_blocks) * block;
         let given_back = file.reserved.lock().split(surplus);
         drop(given_back);
-        if outcome.bytes > 0 {
-            let now = self.env.now();
-            let mut state = inode.state_for_times();
-            state.inode.modification_time = now.into();
-            state.inode.change_time = now.into();
-            state.times_ahead = true;
-        }
         outcome
+    }
+
+    /// Sets the times of a change of content, in memory; the commit of the data stores them.
+    fn note_modification(&self, inode: &VfsInode) {
+        let now = self.env.now();
+        let mut state = inode.state_for_times();
+        state.inode.modification_time = now.into();
+        state.inode.change_time = now.into();
+        state.times_ahead = true;
     }
 
     /// Takes the bits off that lend rights. The caller holds the inode lock exclusively.
@@ -305,6 +339,13 @@ impl Vfs {
         })?;
         inode.apply(&committed.value, committed.sequence);
         Ok(())
+    }
+
+    /// Whether the kernel's page cache may hold bytes of the file that no write has brought: those of shared mappings, and in the writeback
+    /// mode all others. When the last handle for writing is released, it has written them.
+    #[must_use]
+    pub fn may_be_dirty_in_kernel(&self, node: u64) -> bool {
+        self.table.get(InodeNumber(node)).is_some_and(|inode| inode.is_open_for_writing())
     }
 
     /// Finds data or a hole at or after `offset`; delayed data counts.

@@ -26,6 +26,11 @@ pub(super) struct Handle {
 }
 
 impl Handle {
+    /// Whether it was opened for writing: then a shared mapping of it may be written to, too.
+    pub fn is_writable(&self) -> bool {
+        is_writable(self.flags)
+    }
+
     /// Reports an error of delayed writes that this handle has not reported, once.
     ///
     /// # Errors
@@ -36,6 +41,11 @@ impl Handle {
             None => Ok(()),
         }
     }
+}
+
+/// Whether open(2)'s flags ask for writing.
+fn is_writable(flags: i32) -> bool {
+    flags & 0o3 != 0
 }
 
 /// All handles, by number. The lock is a leaf. Each thread remembers the handles that it used last, so that reading through one again
@@ -65,7 +75,7 @@ thread_local! {
 impl Handles {
     /// Opens. The inode's count of handles goes up.
     pub fn open(&self, inode: Arc<VfsInode>, flags: i32) -> u64 {
-        inode.opened();
+        inode.opened(is_writable(flags));
         let error_cursor = inode.file.as_ref().map_or_else(ErrorCursor::default, |file| file.pages.errors().cursor());
         let number = self.next.fetch_add(1, Ordering::Relaxed) + 1;
         let handle = Handle {

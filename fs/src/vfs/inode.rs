@@ -68,6 +68,8 @@ pub(super) struct VfsInode {
     access_settled_until: AtomicI64,
     /// Open handles.
     opens: AtomicU32,
+    /// Those of them that were opened for writing.
+    writable_opens: AtomicU32,
     /// One writeback of an inode at a time; also held, for ever, by its deletion.
     writeback_busy: AtomicBool,
     writeback_done: Event,
@@ -116,6 +118,7 @@ impl VfsInode {
             sequence: AtomicU64::new(sequence.0),
             access_settled_until: AtomicI64::new(i64::MIN),
             opens: AtomicU32::new(0),
+            writable_opens: AtomicU32::new(0),
             writeback_busy: AtomicBool::new(false),
             writeback_done: Event::new(),
         }
@@ -202,13 +205,20 @@ impl VfsInode {
         self.committed(sequence);
     }
 
-    pub fn opened(&self) {
+    pub fn opened(&self, for_writing: bool) {
+        self.writable_opens.fetch_add(for_writing.into(), Ordering::AcqRel);
         self.opens.fetch_add(1, Ordering::AcqRel);
     }
 
     /// One handle less; returns whether it was the last.
-    pub fn closed(&self) -> bool {
+    pub fn closed(&self, for_writing: bool) -> bool {
+        self.writable_opens.fetch_sub(for_writing.into(), Ordering::AcqRel);
         self.opens.fetch_sub(1, Ordering::AcqRel) == 1
+    }
+
+    /// Whether some handle was opened for writing.
+    pub fn is_open_for_writing(&self) -> bool {
+        self.writable_opens.load(Ordering::Acquire) > 0
     }
 
     pub fn is_open(&self) -> bool {

@@ -24,6 +24,7 @@ mod handle;
 mod inode;
 mod inode_table;
 mod ioctl;
+mod landing;
 mod lookup;
 mod names;
 mod size;
@@ -84,6 +85,9 @@ pub struct VfsOptions {
     pub directory_synchronous: bool,
     /// Dirty data is written back when it is this old.
     pub writeback_age: Duration,
+    /// The kernel delays writes to files (`cache=writeback`): their sizes and their times of modification are its own while it has them in
+    /// memory.
+    pub kernel_delays_writes: bool,
     /// Most inodes that are kept in memory beyond those that are open, dirty or unlinked.
     pub inodes_max: usize,
 }
@@ -96,6 +100,7 @@ impl Default for VfsOptions {
             synchronous: false,
             directory_synchronous: false,
             writeback_age: Duration::from_secs(5),
+            kernel_delays_writes: false,
             inodes_max: 32 << 10,
         }
     }
@@ -142,6 +147,7 @@ pub struct Vfs {
     handles: handle::Handles,
     delayed_times: writeback::DelayedTimes,
     deletions: deletion::Deletions,
+    landing: landing::Landing,
     is_shut_down: AtomicBool,
 }
 
@@ -175,6 +181,7 @@ impl Vfs {
             handles: handle::Handles::default(),
             delayed_times: writeback::DelayedTimes::default(),
             deletions: deletion::Deletions::default(),
+            landing: landing::Landing::default(),
             is_shut_down: AtomicBool::new(false),
         }))
     }
@@ -260,6 +267,7 @@ impl Vfs {
     /// After a shutdown.
     pub fn statistics(&self) -> Result<Statistics> {
         self.check_alive()?;
+        self.fill_landing_reserve();
         let usage = self.space.usage();
         let block_bytes = self.superblock.geometry.block_bytes;
         let blocks = |bytes: u64| bytes / u64::from(block_bytes);
@@ -283,8 +291,9 @@ impl Vfs {
     /// # Errors
     /// The first error of writing back; everything else is still tried.
     pub fn close(&self) -> Result<()> {
+        self.drop_landing_reserve();
         for handle in self.handles.close_all() {
-            handle.inode.closed();
+            handle.inode.closed(handle.is_writable());
         }
         for inode in self.table.forget_all() {
             self.reap_if_unused(inode.number);

@@ -63,6 +63,7 @@ impl Vfs {
     /// # Errors
     /// [`Error::NoSpace`] if nothing that is dirty frees enough; other errors of `ask`. Those of writeback are for the files' handles.
     pub(super) fn admit<T>(&self, ask: impl Fn() -> Result<T>) -> Result<T> {
+        self.fill_landing_reserve();
         for _ in 0..ADMISSION_PASSES {
             let refused = match ask() {
                 Err(error @ Error::NoSpace(_)) => error,

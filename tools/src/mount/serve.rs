@@ -4,8 +4,8 @@ use std::sync::{Arc, mpsc};
 
 use anyhow::{Context, anyhow};
 use coppicefs::fuse::mounts::{MountRequest, Mounted};
-use coppicefs::fuse::{Operations as _, Session, SessionSettings};
-use coppicefs::options::{AccessTimes, MountOptions};
+use coppicefs::fuse::{Operations, Session, SessionSettings};
+use coppicefs::options::{AccessTimes, CacheMode, MountOptions};
 use rustix::io::Errno;
 use rustix::mount::MountFlags;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -61,6 +61,9 @@ fn mount_and_serve<M: Mountable>(
     let session = Session::mount(Arc::clone(&operations), request, settings)?;
     let mounted = session.mounted().clone();
     tracing::debug!(negotiated = ?session.negotiated(), "agreed with the kernel");
+    if settings.cache == CacheMode::Writeback {
+        hold_landing_reserve(&*operations, &mounted);
+    }
     let handle = signals.handle();
     let watched = mounted.clone();
     // The first end of the session: its own, or given up by a second signal.
@@ -91,6 +94,24 @@ fn mount_and_serve<M: Mountable>(
         tracing::error!(panics, "requests have panicked during this mount");
     }
     served
+}
+
+/// Keeps space for the writes that the kernel may delay, and has it delay no more than that, as far as we may.
+fn hold_landing_reserve(operations: &impl Operations, mounted: &Mounted) {
+    let most = operations.landing_bytes_max();
+    let bytes = match mounted.dirty_bytes_max() {
+        Ok(bytes) if bytes <= most => bytes,
+        Ok(_) if mounted.set_dirty_bytes_max(most).is_ok() => most,
+        other => {
+            tracing::warn!(
+                kernel = other.ok(),
+                reserve = most,
+                "the kernel may delay more than space is kept for: what does not fit is reported by fsync and close"
+            );
+            most
+        }
+    };
+    operations.hold_landing_reserve(bytes);
 }
 
 /// One request through the kernel and back; and what root can do for speed.

@@ -1,6 +1,7 @@
 //! Tests of the POSIX operations over a whole filesystem in memory.
 
 mod data;
+mod delayed;
 mod durability;
 mod files;
 mod model;
