@@ -3,6 +3,10 @@
 //! This is the only place where the cache touches raw memory. The interface is safe: [`ByteReference`] is a `&[u8]` for as long as
 //! it lives, [`FolioWriter`] a `&mut [u8]`, and the word makes sure that they never exist together. Both keep the memory alive, so a
 //! reference may outlive the folio, the inode and the cache.
+//!
+//! **Gifts**: a run whose pages a pipe refers to ([`super::Pipe`]) has one byte reference that is never given back, so its bytes do not
+//! change any more, and when the run ends its pages are taken out of this process's memory: nobody else ever writes to a page that
+//! the pipe still holds.
 
 use std::alloc::Layout;
 use std::ops::{Deref, DerefMut, Range};
@@ -12,6 +16,7 @@ use super::budget::{Budget, MemoryReservation};
 use super::word::ReferenceWord;
 use crate::error::{Error, Result};
 use crate::sync::Arc;
+use crate::sync::atomic::{AtomicBool, Ordering};
 
 /// Alignment of folio memory in bytes: what O_DIRECT wants, and a page.
 pub const FOLIO_ALIGNMENT: usize = 4096;
@@ -24,6 +29,8 @@ pub struct FolioBytes {
     /// Always there but for the moment of the drop.
     memory: Option<Memory>,
     word: ReferenceWord,
+    /// Somebody outside of this process's control may look at the pages. Set once, before they are handed over.
+    is_gifted: AtomicBool,
     budget: Arc<Budget>,
 }
 
@@ -57,6 +64,20 @@ impl Memory {
     pub(super) fn length(&self) -> usize {
         self.length
     }
+
+    /// Gives the pages up: whoever else refers to them keeps them as they are, and the addresses are backed by fresh zeros from now on.
+    /// Where the host refuses that, the addresses are never used again.
+    fn renounce(self) {
+        // SAFETY: the range is exactly our allocation, whole pages of anonymous memory (`Pipe` gifts only where the host's pages are no
+        // larger than a folio's alignment) that nobody refers to any more, as in `drop`; zeros are initialised bytes.
+        #[expect(unsafe_code)]
+        let outcome =
+            unsafe { rustix::mm::madvise(self.start.as_ptr().cast(), self.length, rustix::mm::Advice::LinuxDontNeed) };
+        if let Err(error) = outcome {
+            tracing::warn!(%error, bytes = self.length, "memory that a pipe refers to cannot be unmapped: it is lost");
+            std::mem::forget(self);
+        }
+    }
 }
 
 impl Drop for Memory {
@@ -88,7 +109,12 @@ impl FolioBytes {
             budget.release(length as u64);
             return Err(Error::Posix(rustix::io::Errno::NOMEM));
         };
-        let bytes = Arc::new(Self { memory: Some(memory), word: ReferenceWord::new_writing(), budget });
+        let bytes = Arc::new(Self {
+            memory: Some(memory),
+            word: ReferenceWord::new_writing(),
+            is_gifted: AtomicBool::new(false),
+            budget,
+        });
         Ok(FolioWriter { bytes, range: 0..length })
     }
 
@@ -116,10 +142,16 @@ impl FolioBytes {
         self.word.try_write().then(|| FolioWriter { range: self.clamp(range), bytes: Arc::clone(self) })
     }
 
-    /// Whether anybody holds a byte reference now; a hint.
+    /// Whether anybody in this process holds a byte reference now; a hint.
     #[must_use]
     pub fn is_referenced(&self) -> bool {
-        self.word.reference_count() > 0
+        self.word.reference_count() > u64::from(self.is_gifted())
+    }
+
+    /// Whether a pipe may refer to the pages.
+    #[must_use]
+    pub fn is_gifted(&self) -> bool {
+        self.is_gifted.load(Ordering::Acquire)
     }
 
     fn clamp(&self, range: Range<usize>) -> Range<usize> {
@@ -132,7 +164,11 @@ impl Drop for FolioBytes {
     fn drop(&mut self) {
         if let Some(memory) = self.memory.take() {
             let length = memory.length() as u64;
-            self.budget.keep_spare(memory);
+            if self.is_gifted() {
+                memory.renounce();
+            } else {
+                self.budget.keep_spare(memory);
+            }
             self.budget.release(length);
         }
     }
@@ -154,6 +190,15 @@ impl ByteReference {
         let start = range.start.min(end);
         self.bytes.word.reference();
         Self { bytes: Arc::clone(&self.bytes), range: self.range.start + start..self.range.start + end }
+    }
+
+    /// Marks the run as gifted: nobody writes to it any more, and its pages are never used for anything else. To be called before the host
+    /// gets to see the pages.
+    pub(super) fn gift(&self) {
+        if !self.bytes.is_gifted.swap(true, Ordering::AcqRel) {
+            // Never given back. Our own reference keeps every writer out until it counts.
+            self.bytes.word.reference();
+        }
     }
 
     /// Whether both look at the same run of memory.
@@ -289,6 +334,26 @@ mod tests {
         writer.fill(3);
         drop(writer);
         assert_eq!(bytes.reference(9..11).to_vec(), vec![0, 3]);
+    }
+
+    #[test]
+    fn a_gifted_run_is_never_written_and_its_pages_are_not_used_again() {
+        let budget = Budget::new(64 << 20);
+        let mut reservation = budget.try_reserve(1 << 20).unwrap();
+        let mut writer = FolioBytes::allocate(&mut reservation, 1 << 20).unwrap();
+        writer.fill(7);
+        let bytes = Arc::clone(writer.bytes());
+        drop(writer);
+        let reference = bytes.reference(0..4096);
+        reference.gift();
+        reference.slice(1..2).gift();
+        drop(reference);
+        assert!(!bytes.is_referenced(), "nobody in this process looks");
+        assert!(bytes.try_write(0..1).is_none(), "but nobody may write, ever");
+        assert_eq!(bytes.reference(5..7).to_vec(), [7, 7]);
+        drop(bytes);
+        assert_eq!(budget.used_bytes(), 0);
+        assert!(budget.take_spare(1 << 20).is_none(), "not kept for the next one");
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use smallvec::SmallVec;
 
-use crate::memory::ByteReference;
+use crate::memory::{ByteReference, Pipe, PipePiece};
 
 /// Takes the bytes of a read, in order of their offset.
 pub trait ReadSink {
@@ -108,6 +108,29 @@ impl PageBatch {
     /// The pieces in order.
     pub fn slices(&self) -> impl Iterator<Item = &[u8]> {
         self.segments.iter().map(Segment::bytes)
+    }
+
+    /// Puts bytes from `at` on into a pipe, as many as it takes in one call, without copying what lies in whole pages. Returns how many: at
+    /// least one, if any are left. No lock is held, and the bytes cannot change: this may wait for the pipe's reader as long as it likes.
+    ///
+    /// # Errors
+    /// Those of [`Pipe::feed`].
+    pub fn feed(&self, pipe: &Pipe<'_>, at: usize) -> std::io::Result<usize> {
+        let mut skip = at;
+        let mut pieces: SmallVec<[PipePiece<'_>; 8]> = SmallVec::new();
+        for segment in &self.segments {
+            let length = segment.bytes().len();
+            if skip >= length {
+                skip -= length;
+                continue;
+            }
+            pieces.push(match segment {
+                Segment::Bytes(bytes) => PipePiece::Folio(bytes, skip),
+                Segment::Zeros(length) => PipePiece::Static(ZEROS.get(skip..*length).unwrap_or_default()),
+            });
+            skip = 0;
+        }
+        pipe.feed(&pieces)
     }
 
     /// A copy of all bytes.

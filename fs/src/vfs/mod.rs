@@ -29,6 +29,7 @@ mod lookup;
 mod names;
 mod size;
 mod source;
+mod splice;
 mod sync;
 mod types;
 mod writeback;

@@ -6,6 +6,7 @@ mod durability;
 mod files;
 mod model;
 mod names;
+mod splice;
 mod threads;
 
 use std::ffi::OsStr;
