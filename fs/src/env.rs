@@ -15,7 +15,7 @@ use rand_xoshiro::Xoshiro256PlusPlus;
 use rand_xoshiro::rand_core::{Rng, SeedableRng};
 
 use crate::error::{Error, Result};
-use crate::sync::{Condvar, Mutex};
+use crate::sync::{Condvar, LockClass, Mutex, Rank, RankSet, order};
 
 /// A point in time as inodes store it: seconds since 1970 (negative before), and nanoseconds below 10^9.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -67,17 +67,31 @@ pub trait Worker: Send + Sync {
 }
 
 /// Something that may be waited for: a generation that goes up, and a condition variable.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Event {
     generation: Mutex<u64>,
     changed: Condvar,
+    /// What may be held while it is waited for.
+    allowed: RankSet,
+}
+
+impl Default for Event {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 impl Event {
-    /// A new event.
+    /// A new event. Locks that may be held while it is waited for: [`order::OVER_WAIT`].
     #[must_use]
     pub fn new() -> Self {
-        Self { generation: Mutex::new(0), changed: Condvar::new() }
+        Self::new_over(order::OVER_WAIT)
+    }
+
+    /// A new event that is waited for with locks of the `allowed` ranks held, and no others: debug builds check it.
+    #[must_use]
+    pub fn new_over(allowed: RankSet) -> Self {
+        Self { generation: Mutex::ranked(LockClass::new(Rank::Event), 0), changed: Condvar::new(), allowed }
     }
 
     /// Wakes all who wait. Call it *after* making the change that they look for.
@@ -179,10 +193,10 @@ impl Env {
             start: Instant::now(),
             simulation: Some(Simulation {
                 seed,
-                random: Mutex::new(Xoshiro256PlusPlus::seed_from_u64(seed)),
-                clock: Mutex::new(Duration::ZERO),
-                actors: Mutex::new(Vec::new()),
-                quiet: Mutex::new(0),
+                random: Mutex::ranked(LockClass::new(Rank::Event), Xoshiro256PlusPlus::seed_from_u64(seed)),
+                clock: Mutex::ranked(LockClass::new(Rank::Event), Duration::ZERO),
+                actors: Mutex::ranked(LockClass::new(Rank::Event), Vec::new()),
+                quiet: Mutex::ranked(LockClass::new(Rank::Event), 0),
             }),
         })
     }
@@ -242,7 +256,9 @@ impl Env {
     /// # Errors
     /// What a worker that was run meanwhile failed with (simulation), and [`Error::Bug`] if in simulation nobody can make
     /// `ready` come true: a deadlock, found deterministically.
+    #[cfg_attr(debug_assertions, track_caller)]
     pub fn wait<T>(&self, event: &Event, mut ready: impl FnMut() -> Option<T>) -> Result<T> {
+        order::check_held("a wait", event.allowed);
         match &self.simulation {
             None => loop {
                 let seen = event.generation();
@@ -277,7 +293,8 @@ impl Env {
     /// What the worker failed with.
     pub fn maybe_yield(&self, one_in: u64) -> Result<()> {
         let Some(simulation) = &self.simulation else { return Ok(()) };
-        if *simulation.quiet.lock() == 0 && self.random_u64().is_multiple_of(one_in.max(1)) {
+        let is_quiet = *simulation.quiet.lock() > 0;
+        if !is_quiet && self.random_u64().is_multiple_of(one_in.max(1)) {
             self.step_random_worker()?;
         }
         Ok(())
@@ -316,7 +333,7 @@ impl Env {
                 actor.running = true;
                 Arc::clone(&actor.worker)
             };
-            let outcome = worker.step(8);
+            let outcome = order::apart(|| worker.step(8));
             let now = self.monotonic();
             if let Some(actor) = simulation.actors.lock().get_mut(index) {
                 actor.running = false;

@@ -10,6 +10,8 @@ use crate::env::{Env, Progress, Worker};
 use crate::error::{Error, Result};
 use crate::sync::Arc;
 use crate::sync::atomic::{AtomicBool, Ordering};
+#[cfg(not(loom))]
+use crate::sync::{RankSet, order};
 
 /// How much a worker is asked to do in one step.
 const STEP_BUDGET: u32 = 64;
@@ -82,7 +84,10 @@ fn run(worker: &dyn Worker, stopping: &AtomicBool, on_failure: &OnFailure) {
         match outcome {
             Ok(Progress::Worked) => {}
             #[cfg(not(loom))]
-            Ok(Progress::Idle(timeout)) => worker.event().wait_past(seen, timeout),
+            Ok(Progress::Idle(timeout)) => {
+                order::check_held("a worker's rest", RankSet::NONE);
+                worker.event().wait_past(seen, timeout);
+            }
             #[cfg(loom)]
             Ok(Progress::Idle(_)) => {
                 let _ = seen;

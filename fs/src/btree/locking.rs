@@ -97,6 +97,7 @@ impl Forest {
                 return None;
             }
             let node = leaf.node;
+            node.content.expect_order();
             let guard = if leaf.write {
                 Guard::Exclusive(match node.content.try_write_owned() {
                     Some(guard) => guard,

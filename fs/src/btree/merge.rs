@@ -110,6 +110,8 @@ impl Forest {
         for (node, half) in [(left, &mut first), (right, &mut second)] {
             self.retire(node, half);
         }
+        // Retired, nobody looks at them; and the merged node stands before the right one in the order of locks.
+        drop((first, second));
         self.put_locked(parent, &mut above, left_at, Some(pointer_without_image(merged.id)), sequence);
         self.put_locked(parent, &mut above, right_at, None, sequence);
         above.unimaged.remove(&right_at);

@@ -46,7 +46,7 @@ use crate::format::superblock::Superblock;
 use crate::format::{BtreeId, Position, Value};
 use crate::metrics::Metrics;
 use crate::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
-use crate::sync::{Arc, Mutex, RwLock};
+use crate::sync::{Arc, LockClass, Mutex, Rank, RwLock};
 #[cfg(test)]
 use crate::units::JournalSequence;
 use crate::units::NodeId;
@@ -218,7 +218,7 @@ impl Forest {
             dirty_slots: AtomicU64::new(0),
             loading: Mutex::default(),
             loaded: Event::new(),
-            structure: RwLock::new(()),
+            structure: RwLock::ranked(LockClass::new(Rank::Structure), ()),
             next_node: AtomicU64::new(config.epoch << NODE_COUNTER_BITS | 1),
             epoch: config.epoch,
             space: Mutex::new(space),
@@ -234,7 +234,8 @@ impl Forest {
         };
         for btree in BtreeId::ALL {
             let root = forest.open_root(btree, &opening.newest)?;
-            forest.roots.push(RwLock::new(root));
+            let class = LockClass::keyed(Rank::RootSlot, [btree as u64, 0, 0, 0]);
+            forest.roots.push(RwLock::ranked(class, root));
         }
         let published = forest.space.lock().used_slots() / limits.copies;
         let unwritten_roots = BtreeId::ALL.len().saturating_sub(opening.newest.roots.len());

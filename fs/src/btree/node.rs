@@ -22,7 +22,7 @@ use crate::format::node::{BsetHeader, HEADER_BYTES, NodePointer};
 use crate::format::superblock::Geometry;
 use crate::format::{BtreeId, Position, Value};
 use crate::sync::atomic::{AtomicBool, AtomicU64};
-use crate::sync::{Arc, SharedRwLock};
+use crate::sync::{Arc, LockClass, SharedRwLock};
 use crate::units::{JournalSequence, NodeId};
 
 /// Sizes that follow from the geometry.
@@ -123,11 +123,13 @@ pub(super) struct PutEffect {
 impl Node {
     /// A node with this content.
     pub fn new(id: NodeId, btree: BtreeId, content: Content) -> Arc<Self> {
+        let Position { inode, offset, snapshot } = content.minimum;
+        let class = LockClass::node(content.level, btree as u8, (inode, offset, snapshot));
         Arc::new(Self {
             id,
             btree,
             level: content.level,
-            content: SharedRwLock::new(content),
+            content: SharedRwLock::ranked(class, content),
             referenced: AtomicBool::new(true),
             charged_bytes: AtomicU64::new(0),
         })

@@ -40,9 +40,11 @@ const POLL_INTERVAL: Duration = Duration::from_millis(100);
 impl CheckpointWorker {
     /// Whether another checkpoint moves the older kept F, or begins to.
     fn would_free_journal(&self) -> bool {
-        let kept = self.forest.kept.lock();
-        let older = kept.previous.as_ref().map_or(0, |previous| previous.first_replay);
-        self.log.unreflected_permille() > 0 || older < kept.newest.first_replay
+        let moves = {
+            let kept = self.forest.kept.lock();
+            kept.previous.as_ref().map_or(0, |previous| previous.first_replay) < kept.newest.first_replay
+        };
+        moves || self.log.unreflected_permille() > 0
     }
 }
 

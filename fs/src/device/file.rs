@@ -28,6 +28,7 @@ use super::{BlockDevice, ReadRequest, WriteRequest};
 use crate::error::{Error, Result};
 use crate::memory::AlignedBuffer;
 use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::order;
 
 /// How batches reach the kernel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -387,6 +388,7 @@ impl BlockDevice for FileDevice {
     }
 
     fn read_batch(&self, requests: &mut [ReadRequest<'_>], landed: &mut dyn FnMut(usize, Result<()>)) {
+        order::check_held("a device read", order::OVER_READ);
         let mut transfers = Vec::with_capacity(requests.len());
         let mut ranges = Vec::with_capacity(requests.len());
         for (index, request) in requests.iter_mut().enumerate() {
@@ -407,6 +409,7 @@ impl BlockDevice for FileDevice {
     }
 
     fn write_batch(&self, requests: &[WriteRequest<'_>]) -> Result<()> {
+        order::check_held("a device write", order::OVER_WRITE);
         if self.read_only {
             return Err(Error::ReadOnly);
         }
@@ -425,6 +428,7 @@ impl BlockDevice for FileDevice {
     }
 
     fn flush(&self) -> Result<()> {
+        order::check_held("a device flush", order::OVER_WRITE);
         loop {
             return match rustix::fs::fdatasync(&self.file) {
                 Ok(()) => Ok(()),
@@ -437,6 +441,7 @@ impl BlockDevice for FileDevice {
     }
 
     fn discard(&self, offset: u64, length: u64) -> Result<()> {
+        order::check_held("a device discard", order::OVER_WRITE);
         if self.read_only {
             return Err(Error::ReadOnly);
         }

@@ -6,7 +6,7 @@
 use super::check::check_range;
 use super::{BlockDevice, Image, ReadRequest, WriteRequest};
 use crate::error::Result;
-use crate::sync::RwLock;
+use crate::sync::{LockClass, Rank, RwLock, order};
 
 /// See the module's documentation.
 #[derive(Debug)]
@@ -26,7 +26,11 @@ impl MemDevice {
     /// A device that holds `image`.
     #[must_use]
     pub fn from_image(image: Image, read_only: bool) -> Self {
-        Self { size_bytes: image.size_bytes(), image: RwLock::new(image), read_only }
+        Self {
+            size_bytes: image.size_bytes(),
+            image: RwLock::ranked(LockClass::new(Rank::InnerLeaf), image),
+            read_only,
+        }
     }
 
     /// What the device holds now.
@@ -54,6 +58,7 @@ impl BlockDevice for MemDevice {
     }
 
     fn read_batch(&self, requests: &mut [ReadRequest<'_>], landed: &mut dyn FnMut(usize, Result<()>)) {
+        order::check_held("a device read", order::OVER_READ);
         for (index, request) in requests.iter_mut().enumerate() {
             let outcome = check_range("read", self, request.offset, request.buffer.len() as u64);
             if outcome.is_ok() {
@@ -64,6 +69,7 @@ impl BlockDevice for MemDevice {
     }
 
     fn write_batch(&self, requests: &[WriteRequest<'_>]) -> Result<()> {
+        order::check_held("a device write", order::OVER_WRITE);
         if self.read_only {
             return Err(crate::Error::ReadOnly);
         }
@@ -80,10 +86,12 @@ impl BlockDevice for MemDevice {
     }
 
     fn flush(&self) -> Result<()> {
+        order::check_held("a device flush", order::OVER_WRITE);
         Ok(())
     }
 
     fn discard(&self, offset: u64, length: u64) -> Result<()> {
+        order::check_held("a device discard", order::OVER_WRITE);
         if self.read_only {
             return Err(crate::Error::ReadOnly);
         }

@@ -32,7 +32,7 @@ use crate::error::{Error, Result};
 use crate::metrics::Metrics;
 use crate::options::CacheMode;
 use crate::sync::atomic::{AtomicBool, Ordering};
-use crate::sync::{Arc, Mutex};
+use crate::sync::{Arc, Mutex, RankSet, order};
 use crate::vfs::{
     Attributes, COPY_BYTES_MAX, Caller, CopyRequest, Emitted, Entry, IoctlRequest, Lookup, ReadRequest, Seek,
     SetAttributes, WriteRequest,
@@ -118,7 +118,11 @@ fn run<O: Operations, T>(
     operation: &'static str,
     body: impl FnOnce(&O) -> Result<T>,
 ) -> Result<T, Errno> {
-    let payload = match catch_unwind(AssertUnwindSafe(|| body(operations))) {
+    let payload = match catch_unwind(AssertUnwindSafe(|| {
+        let result = body(operations);
+        order::check_held("a reply", RankSet::NONE);
+        result
+    })) {
         Ok(result) => return result.map_err(|error| errno(operation, &error)),
         Err(payload) => payload,
     };

@@ -45,7 +45,7 @@ use crate::format::journal::AccountingCounter;
 use crate::format::superblock::{BucketRange, Superblock};
 use crate::metrics::Metrics;
 use crate::sync::atomic::{AtomicU64, Ordering};
-use crate::sync::{Arc, Mutex};
+use crate::sync::{Arc, LockClass, Mutex, Rank};
 use crate::units::JournalSequence;
 
 use chain::Chain;
@@ -276,8 +276,11 @@ impl Journal {
             commit_interval: config.commit_interval.unwrap_or(Duration::ZERO),
             env,
             metrics,
-            chain: Mutex::new(Chain::new(start.next, head, start.previous_checksum, start.totals)),
-            state: Mutex::new(state),
+            chain: Mutex::ranked(
+                LockClass::new(Rank::JournalChain),
+                Chain::new(start.next, head, start.previous_checksum, start.totals),
+            ),
+            state: Mutex::ranked(LockClass::new(Rank::JournalState), state),
             flushed,
             reusable: AtomicU64::new(0),
             turn: Event::new(),

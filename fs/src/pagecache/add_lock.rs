@@ -21,10 +21,14 @@ use std::sync::Arc;
 use crate::env::{Env, Event};
 use crate::error::Result;
 use crate::metrics::Metrics;
-use crate::sync::Mutex;
+use crate::sync::order::{self, Held};
+use crate::sync::{LockClass, Mutex, Rank, RankSet};
 
 /// How many newcomers of one state may pass a waiter of the other.
 pub const FAIRNESS_BOUND: u32 = if cfg!(loom) { 1 } else { 16 };
+
+/// What may be held while the lock is waited for.
+const OVER_WAIT: RankSet = RankSet::of(&[Rank::Inode]);
 
 /// The two states.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +50,14 @@ impl Side {
             Self::Add => -1,
             Self::Block => 1,
         }
+    }
+
+    fn class(self, range: &Range<u64>) -> LockClass {
+        let rank = match self {
+            Self::Add => Rank::Add,
+            Self::Block => Rank::Block,
+        };
+        LockClass::keyed(rank, [range.start, range.end, 0, 0])
     }
 }
 
@@ -139,7 +151,7 @@ impl AddLock {
     /// A free lock.
     #[must_use]
     pub fn new(env: Arc<Env>, metrics: Arc<Metrics>) -> Self {
-        Self { state: Mutex::new(State::default()), changed: Event::new(), env, metrics, excludes: true }
+        Self { state: Mutex::new(State::default()), changed: Event::new_over(OVER_WAIT), env, metrics, excludes: true }
     }
 
     /// A lock that excludes nobody, for the test that must then fail.
@@ -152,14 +164,17 @@ impl AddLock {
     ///
     /// # Errors
     /// What a simulated wait fails with.
+    #[cfg_attr(debug_assertions, track_caller)]
     pub(super) fn add(&self, range: Range<u64>) -> Result<AddGuard<'_>> {
-        self.enter(Side::Add)?;
-        Ok(AddGuard { lock: self, range, not_send: PhantomData })
+        let held = self.enter(Side::Add, &range)?;
+        Ok(AddGuard { lock: self, range, _held: held, not_send: PhantomData })
     }
 
     /// Takes **add** if that needs no waiting.
+    #[cfg_attr(debug_assertions, track_caller)]
     pub(super) fn try_add(&self, range: Range<u64>) -> Option<AddGuard<'_>> {
-        self.try_enter(Side::Add).then(|| AddGuard { lock: self, range, not_send: PhantomData })
+        let held = self.try_enter(Side::Add, &range)?;
+        Some(AddGuard { lock: self, range, _held: held, not_send: PhantomData })
     }
 
     /// Takes **block** for `range` (bytes), waiting for adders. The caller holds the inode's lock as the table of `pagecache` says, and
@@ -167,15 +182,18 @@ impl AddLock {
     ///
     /// # Errors
     /// What a simulated wait fails with.
+    #[cfg_attr(debug_assertions, track_caller)]
     pub fn block(&self, range: Range<u64>) -> Result<BlockGuard<'_>> {
-        self.enter(Side::Block)?;
-        Ok(BlockGuard { lock: self, range, not_send: PhantomData })
+        let held = self.enter(Side::Block, &range)?;
+        Ok(BlockGuard { lock: self, range, _held: held, not_send: PhantomData })
     }
 
     /// Takes **block** if that needs no waiting.
     #[must_use]
+    #[cfg_attr(debug_assertions, track_caller)]
     pub fn try_block(&self, range: Range<u64>) -> Option<BlockGuard<'_>> {
-        self.try_enter(Side::Block).then(|| BlockGuard { lock: self, range, not_send: PhantomData })
+        let held = self.try_enter(Side::Block, &range)?;
+        Some(BlockGuard { lock: self, range, _held: held, not_send: PhantomData })
     }
 
     /// Whether a blocker is inside now.
@@ -204,19 +222,27 @@ impl AddLock {
         }
     }
 
-    fn try_enter(&self, side: Side) -> bool {
-        held::check(self, side);
-        let entered = !self.excludes || self.state.lock().try_enter(side);
-        if entered {
-            self.count_taken(side);
-            held::push(self);
-        }
-        entered
+    fn address(&self) -> usize {
+        std::ptr::from_ref(self).addr()
     }
 
-    fn enter(&self, side: Side) -> Result<()> {
-        if self.try_enter(side) {
-            return Ok(());
+    /// Also the forms that do not wait are checked: with the bound, whoever enters again may stand before itself.
+    #[cfg_attr(debug_assertions, track_caller)]
+    fn try_enter(&self, side: Side, range: &Range<u64>) -> Option<Held> {
+        let class = side.class(range);
+        order::expect(&class, self.address());
+        let entered = !self.excludes || self.state.lock().try_enter(side);
+        if !entered {
+            return None;
+        }
+        self.count_taken(side);
+        Some(order::hold(&class, self.address()))
+    }
+
+    #[cfg_attr(debug_assertions, track_caller)]
+    fn enter(&self, side: Side, range: &Range<u64>) -> Result<Held> {
+        if let Some(held) = self.try_enter(side, range) {
+            return Ok(held);
         }
         let ticket = {
             let mut state = self.state.lock();
@@ -243,12 +269,10 @@ impl AddLock {
             }
         }
         self.count_taken(side);
-        held::push(self);
-        Ok(())
+        Ok(order::hold(&side.class(range), self.address()))
     }
 
     fn leave(&self, side: Side) {
-        held::pop(self);
         if self.excludes {
             let wake = self.state.lock().leave(side);
             if wake {
@@ -267,6 +291,7 @@ type NotSend = PhantomData<std::sync::MutexGuard<'static, ()>>;
 pub struct AddGuard<'a> {
     lock: &'a AddLock,
     range: Range<u64>,
+    _held: Held,
     not_send: NotSend,
 }
 
@@ -296,6 +321,7 @@ impl Drop for AddGuard<'_> {
 pub struct BlockGuard<'a> {
     lock: &'a AddLock,
     range: Range<u64>,
+    _held: Held,
     not_send: NotSend,
 }
 
@@ -317,69 +343,6 @@ impl Drop for BlockGuard<'_> {
     fn drop(&mut self) {
         self.lock.leave(Side::Block);
     }
-}
-
-/// What the calling thread holds, in debug builds: add locks (to catch re-entry) and folio locks (to catch a wrong order).
-#[cfg(all(debug_assertions, not(loom)))]
-pub(super) mod held {
-    use std::cell::{Cell, RefCell};
-
-    use super::{AddLock, Side};
-
-    thread_local! {
-        static ADD_LOCKS: RefCell<Vec<usize>> = const { RefCell::new(Vec::new()) };
-        static FOLIOS: Cell<u32> = const { Cell::new(0) };
-    }
-
-    fn address(lock: &AddLock) -> usize {
-        std::ptr::from_ref(lock) as usize
-    }
-
-    pub(super) fn check(lock: &AddLock, side: Side) {
-        let again = ADD_LOCKS.with_borrow(|held| held.contains(&address(lock)));
-        assert!(
-            !again,
-            "lock order: this thread takes {side:?} of an add lock that it holds already; pass the guard down"
-        );
-        let folios = FOLIOS.get();
-        assert!(
-            folios == 0,
-            "lock order: this thread takes {side:?} (rank add/block) while it holds {folios} folio locks (rank folio)"
-        );
-    }
-
-    pub(super) fn push(lock: &AddLock) {
-        ADD_LOCKS.with_borrow_mut(|held| held.push(address(lock)));
-    }
-
-    pub(super) fn pop(lock: &AddLock) {
-        ADD_LOCKS.with_borrow_mut(|held| {
-            if let Some(place) = held.iter().rposition(|&one| one == address(lock)) {
-                held.swap_remove(place);
-            }
-        });
-    }
-
-    pub(crate) fn folio_locked() {
-        FOLIOS.set(FOLIOS.get() + 1);
-    }
-
-    pub(crate) fn folio_unlocked() {
-        FOLIOS.set(FOLIOS.get().saturating_sub(1));
-    }
-}
-
-#[cfg(not(all(debug_assertions, not(loom))))]
-pub(super) mod held {
-    use super::{AddLock, Side};
-
-    pub(super) fn check(_: &AddLock, _: Side) {}
-    pub(super) fn push(_: &AddLock) {}
-    pub(super) fn pop(_: &AddLock) {}
-    #[cfg(not(loom))]
-    pub(crate) fn folio_locked() {}
-    #[cfg(not(loom))]
-    pub(crate) fn folio_unlocked() {}
 }
 
 #[cfg(test)]

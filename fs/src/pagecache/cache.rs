@@ -19,7 +19,7 @@ use crate::env::{Env, Event};
 use crate::error::{Error, Result};
 use crate::memory::{Budget, FOLIO_BYTES_MAX, MemoryReservation};
 use crate::metrics::Metrics;
-use crate::sync::Mutex;
+use crate::sync::{LockClass, Mutex, Rank, RankSet, order};
 
 /// Runs a piece of work elsewhere: readahead that nobody waits for.
 pub type Spawn = Arc<dyn Fn(Box<dyn FnOnce() + Send>) + Send + Sync>;
@@ -67,6 +67,10 @@ impl std::fmt::Debug for CacheOptions {
             .finish_non_exhaustive()
     }
 }
+
+/// What may be held while memory or the dirty limit is waited for: writers hold their inode, a block holder may fill its edges. Not add, and no folio:
+/// what would make room may need them.
+const OVER_MEMORY_WAIT: RankSet = RankSet::of(&[Rank::Inode, Rank::Block]);
 
 /// See the module's documentation.
 pub struct Cache {
@@ -148,9 +152,9 @@ impl Cache {
             throttled: AtomicU64::new(0),
             spawned: AtomicU64::new(0),
             spawned_ended: Event::new(),
-            cleaned: Event::new(),
+            cleaned: Event::new_over(OVER_MEMORY_WAIT),
             writeback_wanted: Event::new(),
-            dirty_spaces: Mutex::new(BTreeMap::new()),
+            dirty_spaces: Mutex::ranked(LockClass::new(Rank::InnerLeaf), BTreeMap::new()),
             latched: Mutex::new(None),
         }))
     }
@@ -266,6 +270,7 @@ impl Cache {
     /// Memory for `bytes`; waits for writeback and for fills under way if it must. Called with no lock held. When there is nothing to
     /// wait for (replies under way pin everything) the budget is overdrawn.
     pub(super) fn reserve_memory(&self, bytes: u64) -> Result<MemoryReservation> {
+        order::check_held("a wait for memory", OVER_MEMORY_WAIT);
         if let Some(reservation) = self.try_reserve_memory(bytes) {
             return Ok(reservation);
         }
@@ -317,6 +322,7 @@ impl Cache {
 
     /// The right to make `blocks` blocks dirty. Waits while the limit is reached; called with no lock of the cache held.
     pub(super) fn reserve_dirty(&self, blocks: u64) -> Result<DirtyQuota<'_>> {
+        order::check_held("a wait for the dirty limit", OVER_MEMORY_WAIT);
         if let Some(quota) = self.try_reserve_dirty(blocks) {
             return Ok(quota);
         }

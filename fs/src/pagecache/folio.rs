@@ -18,12 +18,13 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
-use super::add_lock::held;
 use super::bitmap::BlockBitmap;
 use super::space::AddressSpace;
 use crate::env::Env;
 use crate::error::Result;
 use crate::memory::{ByteReference, FolioBytes, FolioWriter};
+use crate::sync::LockClass;
+use crate::sync::order::{self, Held};
 
 const LOCKED: u32 = 1;
 /// Somebody sleeps on the lock: the unlocker must wake.
@@ -75,6 +76,7 @@ pub(super) enum Origin {
 
 impl Folio {
     /// A folio of `blocks` (a power of two) blocks from block `index` on (a multiple of `blocks`), born locked.
+    #[cfg_attr(debug_assertions, track_caller)]
     pub(super) fn new_locked(
         space: &Arc<AddressSpace>,
         index: u64,
@@ -90,22 +92,18 @@ impl Folio {
             Origin::Written | Origin::Part { hot: false } => 0,
             Origin::Part { hot: true } => HOT,
         };
-        held::folio_locked();
-        LockedFolio {
-            folio: Arc::new(Self {
-                index,
-                blocks,
-                block_shift: space.block_shift(),
-                bytes,
-                bytes_offset,
-                uptodate: BlockBitmap::default(),
-                state: AtomicU32::new(LOCKED | flags),
-                frequency: AtomicU8::new(0),
-                pass: AtomicU64::new(0),
-                space: Arc::downgrade(space),
-            }),
-            owned_by_thread: true,
-        }
+        LockedFolio::new(Arc::new(Self {
+            index,
+            blocks,
+            block_shift: space.block_shift(),
+            bytes,
+            bytes_offset,
+            uptodate: BlockBitmap::default(),
+            state: AtomicU32::new(LOCKED | flags),
+            frequency: AtomicU8::new(0),
+            pass: AtomicU64::new(0),
+            space: Arc::downgrade(space),
+        }))
     }
 
     /// Index of its first block in the file.
@@ -212,16 +210,24 @@ impl Folio {
         self.state.fetch_or(LOCKED, Ordering::Acquire) & LOCKED == 0
     }
 
+    fn lock_class(&self) -> LockClass {
+        LockClass::folio(self.space.as_ptr().addr() as u64, self.index)
+    }
+
+    fn address(&self) -> usize {
+        std::ptr::from_ref(self).addr()
+    }
+
     /// Locks if that needs no waiting.
+    #[cfg_attr(debug_assertions, track_caller)]
     pub(super) fn try_lock(self: &Arc<Self>) -> Option<LockedFolio> {
-        self.try_lock_state().then(|| {
-            held::folio_locked();
-            LockedFolio { folio: Arc::clone(self), owned_by_thread: true }
-        })
+        if self.try_lock_state() { Some(LockedFolio::new(Arc::clone(self))) } else { None }
     }
 
     /// Locks, waiting for the holder: for a fill as long as its I/O.
+    #[cfg_attr(debug_assertions, track_caller)]
     pub(super) fn lock(self: &Arc<Self>, env: &Env, space: &AddressSpace) -> Result<LockedFolio> {
+        order::expect(&self.lock_class(), self.address());
         if let Some(locked) = self.try_lock() {
             return Ok(locked);
         }
@@ -327,11 +333,18 @@ impl Folio {
 #[must_use]
 pub(super) struct LockedFolio {
     folio: Arc<Folio>,
-    /// Counted for the lock order of this thread; not so once it waits for its bytes in a batch.
-    owned_by_thread: bool,
+    /// Noted for the lock order of this thread; not so once it waits for its bytes in a batch.
+    held: Held,
 }
 
 impl LockedFolio {
+    /// The folio's lock bit was set by the calling thread.
+    #[cfg_attr(debug_assertions, track_caller)]
+    fn new(folio: Arc<Folio>) -> Self {
+        let held = order::hold(&folio.lock_class(), folio.address());
+        Self { folio, held }
+    }
+
     pub(super) fn folio(&self) -> &Arc<Folio> {
         &self.folio
     }
@@ -343,18 +356,13 @@ impl LockedFolio {
 
     /// The lock now belongs to a fill under way and not to this thread: whatever the thread locks next is not "after" it.
     pub(super) fn hand_to_fill(mut self) -> Self {
-        if std::mem::take(&mut self.owned_by_thread) {
-            held::folio_unlocked();
-        }
+        self.held.hand_over();
         self
     }
 }
 
 impl Drop for LockedFolio {
     fn drop(&mut self) {
-        if self.owned_by_thread {
-            held::folio_unlocked();
-        }
         self.folio.unlock();
     }
 }

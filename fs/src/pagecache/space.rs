@@ -15,7 +15,11 @@ use super::map::FolioMap;
 use super::ranges::BlockRanges;
 use crate::env::Event;
 use crate::error::Result;
-use crate::sync::Mutex;
+use crate::sync::{Mutex, Rank, RankSet};
+
+/// What may be held while a folio, or the writeback of one, is waited for: a puncher holds block and the folios that it has locked. Not add: a fill
+/// shrinks instead.
+const OVER_FOLIO_WAIT: RankSet = RankSet::of(&[Rank::Inode, Rank::Block, Rank::Folio]);
 
 /// What is dirty and what is being written back, by block.
 #[derive(Debug, Default)]
@@ -51,8 +55,8 @@ impl AddressSpace {
             cache: Arc::clone(cache),
             map: FolioMap::default(),
             add_lock,
-            unlocked: Event::new(),
-            written: Event::new(),
+            unlocked: Event::new_over(OVER_FOLIO_WAIT),
+            written: Event::new_over(OVER_FOLIO_WAIT),
             tracking: Mutex::new(Tracking::default()),
             errors: ErrorSequence::default(),
             sequence: AtomicU64::new(0),
@@ -114,6 +118,7 @@ impl AddressSpace {
     ///
     /// # Errors
     /// What a simulated wait fails with.
+    #[cfg_attr(debug_assertions, track_caller)]
     pub fn block(&self, range: Range<u64>) -> Result<BlockGuard<'_>> {
         let guard = self.add_lock.block(self.bytes_of(&self.blocks_of(&range)))?;
         self.bump_sequence();
@@ -122,6 +127,7 @@ impl AddressSpace {
 
     /// Takes **block** if that needs no waiting.
     #[must_use]
+    #[cfg_attr(debug_assertions, track_caller)]
     pub fn try_block(&self, range: Range<u64>) -> Option<BlockGuard<'_>> {
         let guard = self.add_lock.try_block(self.bytes_of(&self.blocks_of(&range)))?;
         self.bump_sequence();

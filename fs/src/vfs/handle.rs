@@ -10,7 +10,7 @@ use super::inode::VfsInode;
 use crate::error::{Error, Result};
 use crate::pagecache::{ErrorCursor, Readahead};
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use crate::sync::{Arc, Mutex, RwLock};
+use crate::sync::{Arc, LockClass, Mutex, Rank, RwLock};
 
 /// One open file or directory.
 #[derive(Debug)]
@@ -81,7 +81,7 @@ impl Handles {
         let handle = Handle {
             inode,
             flags,
-            error_cursor: Mutex::new(error_cursor),
+            error_cursor: Mutex::ranked(LockClass::new(Rank::OuterLeaf), error_cursor),
             readahead: Readahead::new(),
             is_closed: AtomicBool::new(false),
         };

@@ -15,7 +15,7 @@ use crate::format::namespace::{FileType, Inode};
 use crate::pagecache::{AddressSpace, PageSource};
 use crate::space::SpaceReservation;
 use crate::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering};
-use crate::sync::{Arc, Mutex, MutexGuard, RwLock};
+use crate::sync::{Arc, LockClass, Mutex, MutexGuard, RwLock};
 use crate::units::{InodeNumber, JournalSequence};
 
 /// What changes under the leaf lock.
@@ -105,7 +105,7 @@ impl VfsInode {
             number,
             generation: inode.generation,
             file_type,
-            lock: RwLock::new(()),
+            lock: RwLock::ranked(LockClass::inode(number.0), ()),
             state: Mutex::new(State {
                 stored_size: inode.size,
                 inode,

@@ -13,7 +13,7 @@ use hashbrown::HashMap;
 
 use super::inode::VfsInode;
 use crate::error::Result;
-use crate::sync::{Arc, Mutex};
+use crate::sync::{Arc, LockClass, Mutex, Rank};
 use crate::units::InodeNumber;
 
 const SHARDS: u64 = 64;
@@ -83,7 +83,7 @@ impl Shard {
 
 impl InodeTable {
     pub fn new(resident_max: usize) -> Self {
-        let shards = (0..SHARDS).map(|_| Mutex::new(Shard::default())).collect();
+        let shards = (0..SHARDS).map(|_| Mutex::ranked(LockClass::new(Rank::OuterLeaf), Shard::default())).collect();
         Self { shards, resident_max: (resident_max / SHARDS as usize).max(4) }
     }
 

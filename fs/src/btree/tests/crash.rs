@@ -76,13 +76,14 @@ fn run(seed: u64, plans_for_each: usize) -> usize {
         let (moments, log, forest) = (Arc::clone(&moments), Arc::clone(&world.log), Arc::downgrade(&world.forest));
         device.set_hook(move |device, _| {
             let checkpoints = forest.upgrade().map_or(0, |forest| forest.metrics.checkpoints.get());
-            moments.lock().push(Moment {
+            let moment = Moment {
                 snapshot: device.snapshot(),
                 flushed: log.flushed.load(Ordering::Relaxed),
                 newest: log.len(),
                 released: log.released.load(Ordering::Relaxed),
                 checkpoints,
-            });
+            };
+            moments.lock().push(moment);
         });
     }
     let committer = Arc::new(Committer {

@@ -33,7 +33,7 @@ use self::faults::{Faults, WriteFault};
 use super::check::{check_range, device_error};
 use super::{BlockDevice, Image, ReadRequest, WriteRequest};
 use crate::error::{Error, Result};
-use crate::sync::{Arc, Mutex};
+use crate::sync::{Arc, LockClass, Mutex, Rank, order};
 
 /// What a power cut tears writes at, in bytes.
 pub const SECTOR_BYTES: u64 = 512;
@@ -153,7 +153,11 @@ impl SimDevice {
             hook: None,
             current: image,
         };
-        Self { size_bytes: state.current.size_bytes(), options, state: Mutex::new(state) }
+        Self {
+            size_bytes: state.current.size_bytes(),
+            options,
+            state: Mutex::ranked(LockClass::new(Rank::InnerLeaf), state),
+        }
     }
 
     /// Sets what is called at each boundary, in place of what was.
@@ -305,12 +309,14 @@ impl BlockDevice for SimDevice {
     }
 
     fn read_batch(&self, requests: &mut [ReadRequest<'_>], landed: &mut dyn FnMut(usize, Result<()>)) {
+        order::check_held("a device read", order::OVER_READ);
         for index in self.order(requests.len()) {
             landed(index, self.read_one(&mut requests[index]));
         }
     }
 
     fn write_batch(&self, requests: &[WriteRequest<'_>]) -> Result<()> {
+        order::check_held("a device write", order::OVER_WRITE);
         if self.options.read_only {
             return Err(Error::ReadOnly);
         }
@@ -332,6 +338,7 @@ impl BlockDevice for SimDevice {
     }
 
     fn flush(&self) -> Result<()> {
+        order::check_held("a device flush", order::OVER_WRITE);
         self.boundary(BoundaryKind::Flush);
         let mut state = self.state.lock();
         let state = &mut *state;
@@ -348,6 +355,7 @@ impl BlockDevice for SimDevice {
     }
 
     fn discard(&self, offset: u64, length: u64) -> Result<()> {
+        order::check_held("a device discard", order::OVER_WRITE);
         if self.options.read_only {
             return Err(Error::ReadOnly);
         }

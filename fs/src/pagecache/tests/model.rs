@@ -135,11 +135,9 @@ fn run(seed: u64, budget_bytes: u64, widen_blocks: u64, operations: Vec<Operatio
                 file.space.wait_for_writeback(&(0..u64::MAX)).unwrap();
                 bench.cache.evict_all_clean();
                 let end = file.size();
+                let is_uncached = file.space.unwritten_blocks() == 0 && !file.space.has_folios(&(end..end + 1));
                 let mut blocks = file.store.blocks.lock();
-                if file.space.unwritten_blocks() == 0
-                    && !file.space.has_folios(&(end..end + 1))
-                    && let Some(bytes) = blocks.get_mut(&(end / BLOCK))
-                {
+                if is_uncached && let Some(bytes) = blocks.get_mut(&(end / BLOCK)) {
                     bytes[usize::try_from(end % BLOCK).unwrap()..].fill(0xDD);
                 }
             }

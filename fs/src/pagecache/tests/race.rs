@@ -8,6 +8,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use super::*;
+use crate::sync::{LockClass, Rank};
 
 const FILES: u64 = 2;
 const BLOCKS: u64 = 48;
@@ -120,14 +121,14 @@ impl Race {
                 let stamped = Arc::new(Stamped {
                     number,
                     device: Arc::clone(&device),
-                    map: Mutex::new(BTreeMap::new()),
+                    map: Mutex::ranked(LockClass::new(Rank::OuterLeaf), BTreeMap::new()),
                     seed: AtomicU64::new(number),
                 });
                 RaceFile {
                     source: Arc::clone(&stamped) as Arc<dyn PageSource>,
                     stamped,
                     space: cache.new_space(number),
-                    inode: Mutex::new(()),
+                    inode: Mutex::ranked(LockClass::new(Rank::Inode), ()),
                     next_generation: AtomicU64::new(1),
                     acknowledged: (0..BLOCKS).map(|_| AtomicU64::new(0)).collect(),
                 }
