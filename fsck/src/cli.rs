@@ -21,7 +21,7 @@ pub const EXIT_REPAIRED: u8 = 1;
 pub const EXIT_UNREPAIRED: u8 = 4;
 /// The check itself could not be done.
 pub const EXIT_OPERATIONAL: u8 = 8;
-/// The command line is wrong. clap's own errors end with 2, which fsck(8) gives another meaning; mount-time callers see 16.
+/// The command line is wrong.
 pub const EXIT_USAGE: u8 = 16;
 
 /// Most rounds of check and repair: a repair can bring to light what it hid.
@@ -34,7 +34,7 @@ pub struct Arguments {
     /// Change nothing: only say what is wrong
     #[arg(short = 'n', conflicts_with_all = ["preen", "yes"])]
     pub no_changes: bool,
-    /// Repair what needs no decision (what -y repairs, but not what names or connects files anew); the default without a terminal
+    /// Repair whatever can be repaired with nothing thrown away, which is all that -y repairs, too; the default without a terminal
     #[arg(short = 'p', short_alias = 'a', visible_short_alias = 'a', conflicts_with = "yes")]
     pub preen: bool,
     /// Repair everything that can be repaired
@@ -78,11 +78,21 @@ impl Mode {
         }
     }
 
-    fn repairs(self, problem: &Problem) -> bool {
+    /// Which of these to repair. Nobody is asked about the same problem twice.
+    fn choose(self, problems: &[Problem], declined: &mut Vec<Problem>) -> Vec<Problem> {
+        let repairable = problems.iter().filter(|problem| problem.is_repairable());
         match self {
-            Self::NoChanges => false,
-            Self::Preen | Self::Yes => problem.is_repairable(),
-            Self::Ask => problem.is_repairable() && ask(problem),
+            Self::NoChanges => Vec::new(),
+            Self::Preen | Self::Yes => repairable.cloned().collect(),
+            Self::Ask => {
+                let mut chosen = Vec::new();
+                for problem in repairable {
+                    if !declined.contains(problem) {
+                        if ask(problem) { &mut chosen } else { &mut *declined }.push(problem.clone());
+                    }
+                }
+                chosen
+            }
         }
     }
 }
@@ -103,13 +113,25 @@ pub fn run(arguments: &Arguments) -> u8 {
     match run_checked(arguments, &target) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("fsck-coppice: {error}");
-            match error {
+            let code = match error {
                 Error::Corrupt(_) => EXIT_UNREPAIRED,
                 _ => EXIT_OPERATIONAL,
+            };
+            eprintln!("fsck-coppice: {error}");
+            if arguments.json {
+                println!("{}", crate::report::error_to_json(&target, &error.to_string(), code));
             }
+            code
         }
     }
+}
+
+/// What clap has to say, in one line.
+#[must_use]
+pub fn in_one_line(error: &clap::Error) -> String {
+    let text = error.to_string();
+    let said: Vec<_> = text.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
+    format!("{} (--help says how)", said.join(" ").trim_start_matches("error: "))
 }
 
 fn run_checked(arguments: &Arguments, target: &str) -> Result<u8> {
@@ -132,6 +154,7 @@ fn rounds(arguments: &Arguments, target: &str, mode: Mode, filesystem: &Filesyst
     let mut first: Option<Report> = None;
     let mut repaired = 0;
     let mut code = EXIT_CLEAN;
+    let mut declined = Vec::new();
     for _ in 0..ROUNDS_MAX {
         let report = check_with_progress(arguments, filesystem)?;
         let problems: Vec<Problem> = report.problems.clone();
@@ -141,12 +164,10 @@ fn rounds(arguments: &Arguments, target: &str, mode: Mode, filesystem: &Filesyst
                 println!("{target}: {}: {}", problem.id(), problem.describe());
             }
         }
-        let chosen: Vec<Problem> = problems.iter().filter(|problem| mode.repairs(problem)).cloned().collect();
-        code = match (problems.is_empty(), repaired) {
-            (true, 0) => EXIT_CLEAN,
-            (true, _) => EXIT_REPAIRED,
-            (false, _) => EXIT_UNREPAIRED,
-        };
+        let chosen = mode.choose(&problems, &mut declined);
+        // As fsck(8) has it, the sum.
+        code = if repaired > 0 { EXIT_REPAIRED } else { EXIT_CLEAN }
+            + if problems.is_empty() { EXIT_CLEAN } else { EXIT_UNREPAIRED };
         match &mut first {
             None => first = Some(report),
             Some(first) => {

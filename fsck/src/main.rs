@@ -5,7 +5,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use coppicefs_fsck::cli::{Arguments, run};
+use coppicefs_fsck::cli::{Arguments, EXIT_USAGE, in_one_line, run};
 
 /// Checks a coppice filesystem, and repairs it.
 #[derive(Parser)]
@@ -16,5 +16,16 @@ struct Command {
 }
 
 fn main() -> ExitCode {
-    ExitCode::from(run(&Command::parse().arguments))
+    match Command::try_parse() {
+        Ok(command) => ExitCode::from(run(&command.arguments)),
+        Err(error) if error.use_stderr() => {
+            eprintln!("fsck-coppice: {}", in_one_line(&error));
+            ExitCode::from(EXIT_USAGE)
+        }
+        // Help and version.
+        Err(error) => {
+            let _ = error.print();
+            ExitCode::SUCCESS
+        }
+    }
 }

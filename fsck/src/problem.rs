@@ -54,7 +54,9 @@ pub enum Problem {
     OrphanMissing { inode: u64 },
     BucketWrong { device: u8, bucket: u64, stored: Bucket, found: Bucket },
     FreeSpaceKey { device: u8, bucket: u64, present: bool, state: BucketState },
+    FreeSpaceValue { device: u8, bucket: u64, reason: String },
     NeedDiscardKey { device: u8, bucket: u64, present: bool, state: BucketState },
+    IndexKeyStray { btree: BtreeId, position: Position },
     Untouched { device: u8, bucket: u64, untouched_from: u64 },
     Accounting { counter: AccountingCounter, stored: i64, found: i64 },
 }
@@ -98,7 +100,9 @@ impl Problem {
             Self::OrphanMissing { .. } => "orphan-missing",
             Self::BucketWrong { .. } => "bucket-wrong",
             Self::FreeSpaceKey { .. } => "free-space-key",
+            Self::FreeSpaceValue { .. } => "free-space-value",
             Self::NeedDiscardKey { .. } => "need-discard-key",
+            Self::IndexKeyStray { .. } => "index-key-stray",
             Self::Untouched { .. } => "untouched-mark",
             Self::Accounting { .. } => "accounting",
         }
@@ -117,7 +121,9 @@ impl Problem {
             | Self::DirectorySize { .. }
             | Self::BucketWrong { .. }
             | Self::FreeSpaceKey { .. }
+            | Self::FreeSpaceValue { .. }
             | Self::NeedDiscardKey { .. }
+            | Self::IndexKeyStray { .. }
             | Self::Untouched { .. }
             | Self::OrphanDangling { .. }
             | Self::Accounting { .. } => Severity::Minor,
@@ -232,6 +238,12 @@ impl Problem {
                 "bucket {bucket} of device {device} is {state:?}, but {} the free-space tree",
                 if *present { "in" } else { "not in" }
             ),
+            Self::FreeSpaceValue { device, bucket, reason } => {
+                format!("bucket {bucket} of device {device} means nothing in the free-space tree: {reason}")
+            }
+            Self::IndexKeyStray { btree, position } => {
+                format!("the key {position} of {} belongs to no bucket that there is", btree.name())
+            }
             Self::NeedDiscardKey { device, bucket, present, state } => format!(
                 "bucket {bucket} of device {device} is {state:?}, but {} the need-discard tree",
                 if *present { "in" } else { "not in" }

@@ -122,6 +122,14 @@ fn repair_key(transaction: &mut Transaction<'_>, problem: &Problem) -> Result<()
                 _ => transaction.delete(BtreeId::FreeSpace, position),
             }
         }
+        Problem::FreeSpaceValue { device, bucket, .. } => {
+            let position = device_position(*device, *bucket);
+            // Gone if another problem says that it does not belong there.
+            if transaction.get(BtreeId::FreeSpace, position)?.is_some() {
+                transaction.put(BtreeId::FreeSpace, position, FreeBucket { discarded: false }.encode());
+            }
+        }
+        Problem::IndexKeyStray { btree, position } => transaction.delete(*btree, *position),
         Problem::NeedDiscardKey { device, bucket, state, .. } => {
             let position = device_position(*device, *bucket);
             match state {

@@ -60,6 +60,21 @@ struct JsonReport<'a> {
     data_bytes: u64,
 }
 
+#[derive(Serialize)]
+struct JsonError<'a> {
+    target: &'a str,
+    clean: bool,
+    exit_code: u8,
+    error: &'a str,
+}
+
+/// What is said as JSON where no check could be made.
+#[must_use]
+pub fn error_to_json(target: &str, error: &str, exit_code: u8) -> String {
+    // Strings and numbers have no way to fail.
+    serde_json::to_string_pretty(&JsonError { target, clean: false, exit_code, error }).unwrap_or_default()
+}
+
 impl Report {
     /// Whether nothing is wrong.
     #[must_use]

@@ -5,7 +5,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use coppicefs_mkfs::cli::{Arguments, run};
+use coppicefs_mkfs::cli::{Arguments, in_one_line, run};
 
 /// Makes a coppice filesystem on an image file or a disk.
 #[derive(Parser)]
@@ -16,7 +16,19 @@ struct Command {
 }
 
 fn main() -> ExitCode {
-    match run(&Command::parse().arguments) {
+    let command = match Command::try_parse() {
+        Ok(command) => command,
+        Err(error) if error.use_stderr() => {
+            eprintln!("mkfs-coppice: {}", in_one_line(&error));
+            return ExitCode::FAILURE;
+        }
+        // Help and version.
+        Err(error) => {
+            let _ = error.print();
+            return ExitCode::SUCCESS;
+        }
+    };
+    match run(&command.arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("mkfs-coppice: {error:#}");

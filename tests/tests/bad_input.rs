@@ -180,9 +180,14 @@ fn wrong_targets_mountpoints_and_options() {
     refused(&["mount", "-o", "compression=snappy"], &[&image, &mnt], &["snappy"]);
     refused(&["mount", "-o", "cache_size=lots"], &[&image, &mnt], &["lots"]);
     refused(&["mkfs", "-f", "--bucket-size", "100"], &[&image], &["bucket"]);
-    let output = finish(site.coppice(&["mkfs", "-f", "--compression", "snappy"]).arg(&image)).unwrap();
-    let said = String::from_utf8(output.stderr).unwrap();
-    assert!(!output.status.success() && said.contains("snappy") && said.contains("zstd"), "{said}");
+    refused(&["mkfs", "-f", "--compression", "snappy"], &[&image], &["snappy", "zstd"]);
+    refused(&["mkfs", "-f", "--colour"], &[&image], &["--colour", "--help"]);
+    refused(&["mkfs", "-f"], &[], &["<TARGET>", "--help"]);
+    refused(&["nosuch"], &[&image], &["nosuch", "--help"]);
+    // Wrong usage has its own exit code in fsck(8).
+    let output = finish(site.coppice(&["fsck", "--colour"]).arg(&image)).unwrap();
+    assert_refused(&output, &["--colour", "--help"]);
+    assert_eq!(output.status.code(), Some(16));
     let small = site.path("small");
     refused(&["mkfs", "--size", "1M"], &[&small], &["small"]);
     assert!(!small.exists(), "a refused mkfs left a file");
@@ -220,6 +225,31 @@ fn an_image_that_may_not_be_written() {
     assert_refused_unchanged(&image, as_user(&["mkfs", "-f"]).arg(&image), &[&name]);
     run(as_user(&["fsck", "-n"]).arg(&image));
     assert!(!site.is_mounted());
+}
+
+/// Without any option, and it works: bytes go in until it is full, and come out again.
+#[test]
+fn small_images_are_formatted_and_filled() {
+    for mebibytes in [32, 48, 64, 127] {
+        let Some(site) = Site::formatted(&format!("{mebibytes}M"), &[]) else { return };
+        site.mount("");
+        let available = site.available_bytes();
+        assert!(available > mebibytes << 19, "{available} of {mebibytes} MiB can be used");
+        let piece = vec![mebibytes as u8; 1 << 20];
+        let mut full = 0;
+        while fs::write(site.mnt().join(format!("file {full}")), &piece).is_ok() {
+            full += 1;
+            assert!(full <= mebibytes, "more went in than there is");
+        }
+        assert!(full << 20 > available / 2, "full after {full} MiB of {available} bytes");
+        site.sync();
+        site.remount("");
+        for number in 0..full {
+            assert!(fs::read(site.mnt().join(format!("file {number}"))).unwrap() == piece);
+            fs::remove_file(site.mnt().join(format!("file {number}"))).unwrap();
+        }
+        site.unmount_and_check();
+    }
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! The command line of `coppice`: one definition gives parser, help, man page and completions.
 
+use std::ffi::OsString;
+use std::io::IsTerminal;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -7,6 +9,9 @@ use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::commands::{install, journal, list, mounted, show_super, usage};
 use crate::{bench, image, mount, probe, trial};
+
+/// The exit code for a command line that is wrong, as most programs have it.
+const EXIT_USAGE: u8 = 2;
 
 /// A copy-on-write filesystem in userspace.
 #[derive(Parser, Debug)]
@@ -66,14 +71,29 @@ pub fn run_by_name() -> ExitCode {
     let rest: Vec<_> = arguments.collect();
     let by = |subcommand: &str| {
         let words = ["coppice".into(), subcommand.into()].into_iter().chain(rest.iter().cloned());
-        run(Cli::parse_from(words))
+        parse(words)
     };
     match name.as_str() {
         "mkfs.coppice" | "mkfs-coppice" => by("mkfs"),
         "fsck.coppice" | "fsck-coppice" => by("fsck"),
         "mount.coppice" | "mount-coppice" | "mount.fuse.coppice" => mount::main_with(image::open),
         "umount.coppice" | "umount.fuse.coppice" => mount::unmount_main(),
-        _ => run(Cli::parse()),
+        _ => parse(["coppice".into()].into_iter().chain(rest)),
+    }
+}
+
+/// Parses and runs; what cannot be parsed is refused in one line, with the exit code that callers of that program know.
+fn parse(words: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let words: Vec<OsString> = words.into_iter().collect();
+    match Cli::try_parse_from(&words) {
+        Ok(cli) => run(cli),
+        // Help, also for a command line that says nothing at all; and version.
+        Err(error) if !error.use_stderr() || words.len() < 2 => error.exit(),
+        Err(error) => {
+            eprintln!("coppice: {}", coppicefs_fsck::cli::in_one_line(&error));
+            let is_fsck = words.get(1).is_some_and(|word| word == "fsck");
+            ExitCode::from(if is_fsck { coppicefs_fsck::cli::EXIT_USAGE } else { EXIT_USAGE })
+        }
     }
 }
 
@@ -129,6 +149,7 @@ fn log_to_terminal() {
     let _ = tracing_subscriber::fmt()
         .with_max_level(tracing::Level::WARN)
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .without_time()
         .with_target(false)
         .try_init();

@@ -1,11 +1,11 @@
 //! Checks: each bucket's state and count is what extents and nodes say; the free-space and need-discard trees hold exactly the
-//! buckets that they should; nothing beyond the untouched mark is in use. Collects: the counters of buckets.
+//! buckets that they should, with values that mean something; nothing beyond the untouched mark is in use. Collects: the counters of buckets.
 
 use std::collections::BTreeSet;
 
 use coppicefs::Result;
 use coppicefs::format::journal::AccountingCounter;
-use coppicefs::format::space::{Bucket, BucketState, DeviceUsage};
+use coppicefs::format::space::{Bucket, BucketState, DeviceUsage, FreeBucket};
 use coppicefs::format::{BtreeId, Position};
 
 use super::Checker;
@@ -28,15 +28,33 @@ pub(super) fn run(checker: &mut Checker<'_>) -> Result<()> {
     check_untouched(checker, &free)
 }
 
+/// The buckets that a tree of buckets names.
 fn index_keys(checker: &mut Checker<'_>, btree: BtreeId) -> Result<BTreeSet<BucketKey>> {
     let mut found = BTreeSet::new();
-    checker.for_each_batch(btree, |_, keys| {
-        found.extend(
-            keys.iter().map(|(position, _)| (u8::try_from(position.inode).unwrap_or(u8::MAX), position.offset)),
-        );
+    checker.for_each_batch(btree, |checker, keys| {
+        for (position, value) in keys {
+            let Some((device, bucket)) = bucket_at(checker, position) else {
+                checker.report(Problem::IndexKeyStray { btree, position });
+                continue;
+            };
+            found.insert((device, bucket));
+            if btree == BtreeId::FreeSpace
+                && let Err(error) = FreeBucket::decode(&value)
+            {
+                checker.report(Problem::FreeSpaceValue { device, bucket, reason: error.to_string() });
+            }
+        }
         Ok(())
     })?;
     Ok(found)
+}
+
+/// The bucket whose key stands at a position, if there is one.
+fn bucket_at(checker: &Checker<'_>, position: Position) -> Option<BucketKey> {
+    let device = u8::try_from(position.inode).ok()?;
+    let member = checker.filesystem.superblock().members.get(usize::from(device))?;
+    let is_bucket = position.offset < member.bucket_count && position.snapshot == 0;
+    is_bucket.then_some((device, position.offset))
 }
 
 fn check_bucket(

@@ -1,0 +1,353 @@
+//! Damaged media, by seed: a small populated image with some sectors or some keys changed is opened, walked, read, repaired and checked.
+//! Errors are answers; a panic, a hang, or a check that writes is a failure.
+//!
+//! `COPPICE_FUZZ_IMAGES` (160) is how many images of each kind, `COPPICE_SEED` the first one's seed.
+
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use coppicefs::device::{Image, SimDevice, SimOptions};
+use coppicefs::env::Env;
+use coppicefs::filesystem::{Filesystem, OpenOptions, WorkerSet};
+use coppicefs::format::namespace::FileType;
+use coppicefs::format::{BtreeId, Position};
+use coppicefs::transaction::{CommitOptions, Transaction};
+use coppicefs::vfs::{Attributes, Caller, Emitted, Lookup, ReadRequest, Vfs, WriteRequest};
+use coppicefs::{Error, Result};
+use coppicefs_fsck::{check, repair};
+use coppicefs_tests::crash::{Subject, seed_or};
+use coppicefs_tests::filesystem_subject::Coppice;
+use coppicefs_tests::limit::Limit;
+use coppicefs_tests::mount::count;
+use coppicefs_tests::operation::Operation;
+use rand_xoshiro::Xoshiro256PlusPlus;
+use rand_xoshiro::rand_core::{Rng, SeedableRng};
+
+const DEVICE_BYTES: u64 = 16 << 20;
+const SECTOR_BYTES: u64 = 512;
+const ROOT: u64 = 1;
+const CALLER: Caller = Caller { uid: 0, gid: 0, pid: 1, umask: 0 };
+const READ_BYTES: u32 = 16 << 10;
+
+struct Random(Xoshiro256PlusPlus);
+
+impl Random {
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0.next_u64() % bound.max(1)
+    }
+}
+
+fn device_of(image: Image) -> Arc<SimDevice> {
+    Arc::new(SimDevice::from_image(image, SimOptions { block_bytes: 4096, ..SimOptions::default() }))
+}
+
+/// Every kind of inode, data inline, in extents, compressed or not, preallocated, with holes; a journal that needs replay.
+fn made(subject: &Coppice) -> Image {
+    let device = device_of(Image::new(DEVICE_BYTES));
+    subject.format(&device).unwrap();
+    let mut mounted = subject.mount(&device, 1).unwrap();
+    let mut perform = |operation: Operation| mounted.perform(&operation).unwrap();
+    for folder in 0..4 {
+        let path = format!("/d{folder}");
+        perform(Operation::MakeDirectory { path: path.clone(), mode: 0o755 });
+        for file in 0..12_u32 {
+            let path = format!("{path}/a-file-with-a-name-{file}");
+            perform(Operation::Create { path: path.clone(), mode: 0o644 });
+            let length = 1 + u64::from(file) * 4000;
+            perform(Operation::Write { path: path.clone(), offset: 0, length, tag: file | (file % 2) << 31 });
+            perform(Operation::SetXattr { path: path.clone(), name: "user.a".into(), value: "v".repeat(1 << file) });
+            match file {
+                3 => perform(Operation::Link { existing: path, path: format!("/link{folder}") }),
+                4 => perform(Operation::SymbolicLink { path: format!("/symbolic{folder}"), target: path }),
+                5 => perform(Operation::Punch { path, offset: 4096, length: 8192 }),
+                6 => perform(Operation::Allocate { path, offset: 20_000, length: 80_000, keep_size: false }),
+                _ => {}
+            }
+        }
+        perform(if folder % 2 == 0 { Operation::Sync } else { Operation::Settle });
+    }
+    // Not unmounted: the newest changes are in the journal alone.
+    perform(Operation::Sync);
+    device.snapshot().everything()
+}
+
+fn options() -> OpenOptions {
+    OpenOptions { cache_bytes: 8 << 20, env: Some(Env::simulated(1)), ..OpenOptions::default() }
+}
+
+/// Mounts, and asks for everything that there is: whatever fails, the rest is asked for, too.
+fn walk(device: &Arc<SimDevice>) -> Result<Vec<(PathBuf, Error)>> {
+    let env = Env::simulated(1);
+    let options = OpenOptions { env: Some(Arc::clone(&env)), ..options() };
+    let filesystem = Filesystem::open(vec![Arc::clone(device) as _], &options)?;
+    let mut walk = Walk { vfs: filesystem.vfs(), seen: BTreeSet::new(), errors: Vec::new() };
+    walk.directory(&PathBuf::from("/"), ROOT);
+    let errors = walk.errors;
+    let closed = filesystem.close();
+    // The workers hold the filesystem, and the scheduler holds them.
+    env.unregister_all();
+    closed.map(|()| errors)
+}
+
+struct Walk<'a> {
+    vfs: &'a Vfs,
+    seen: BTreeSet<u64>,
+    errors: Vec<(PathBuf, Error)>,
+}
+
+impl Walk<'_> {
+    fn note<T>(&mut self, path: &Path, outcome: Result<T>) -> Option<T> {
+        outcome.map_err(|error| self.errors.push((path.to_owned(), error))).ok()
+    }
+
+    fn directory(&mut self, path: &Path, node: u64) {
+        // A damaged tree may have rings.
+        if !self.seen.insert(node) {
+            return;
+        }
+        let vfs = self.vfs;
+        let Some(opened) = self.note(path, vfs.opendir(&CALLER, node, 0)) else { return };
+        let mut names = Vec::new();
+        let listed = vfs.readdir(&CALLER, node, opened.handle, 0, &mut |entry| {
+            names.push(entry.name.to_owned());
+            Emitted::Accepted
+        });
+        self.note(path, listed);
+        self.note(path, vfs.releasedir(node, opened.handle));
+        for name in names.iter().filter(|name| *name != "." && *name != "..") {
+            let path = path.join(name);
+            let Some(found) = self.note(&path, vfs.lookup(&CALLER, node, name)) else { continue };
+            let Lookup::Found(entry) = found else { continue };
+            self.inode(&path, &entry.attributes);
+            vfs.forget(entry.attributes.node, 1);
+        }
+    }
+
+    fn inode(&mut self, path: &Path, attributes: &Attributes) {
+        let (vfs, node) = (self.vfs, attributes.node);
+        if let Some(names) = self.note(path, vfs.list_xattrs(&CALLER, node)) {
+            for name in names.split(|&byte| byte == 0).filter(|name| !name.is_empty()) {
+                self.note(path, vfs.get_xattr(&CALLER, node, OsStr::from_bytes(name)));
+            }
+        }
+        match attributes.file_type {
+            FileType::Directory => self.directory(path, node),
+            FileType::Symlink => {
+                self.note(path, vfs.readlink(&CALLER, node));
+            }
+            FileType::Regular => self.file(path, attributes),
+            _ => {}
+        }
+    }
+
+    fn file(&mut self, path: &Path, attributes: &Attributes) {
+        let (vfs, node) = (self.vfs, attributes.node);
+        let Some(opened) = self.note(path, vfs.open(&CALLER, node, 2)) else { return };
+        // A size that is not so is not read to its end.
+        for offset in (0..attributes.size_bytes.min(256 << 10)).step_by(READ_BYTES as usize) {
+            let request =
+                ReadRequest { node, handle: opened.handle, offset, length_bytes: READ_BYTES, direct: offset > 65_536 };
+            self.note(path, vfs.read(&CALLER, &request).map(|_| ()));
+        }
+        let data = [7; 5000];
+        let request = WriteRequest {
+            node,
+            handle: opened.handle,
+            offset: 3000,
+            data: &data,
+            direct: false,
+            append: false,
+            synchronous: false,
+            from_page_cache: false,
+            clear_set_id: false,
+        };
+        self.note(path, vfs.write(&CALLER, &request).map(|_| ()));
+        self.note(path, vfs.fsync(&CALLER, node, opened.handle, false));
+        self.note(path, vfs.release(node, opened.handle));
+    }
+}
+
+/// As `fsck -y` does it.
+fn repair_all(device: &Arc<SimDevice>) -> Result<bool> {
+    let filesystem =
+        Filesystem::open(vec![Arc::clone(device) as _], &OpenOptions { workers: WorkerSet::Essential, ..options() })?;
+    let outcome = (|| {
+        for _ in 0..6 {
+            let problems = check(&filesystem, &|_, _, _, _| {})?.problems;
+            if problems.iter().all(|problem| !problem.is_repairable()) {
+                return Ok(problems.is_empty());
+            }
+            repair::repair(&filesystem, &problems)?;
+        }
+        Ok(false)
+    })();
+    let closed = filesystem.close();
+    outcome.and_then(|clean| closed.map(|()| clean))
+}
+
+/// What became of the images.
+#[derive(Default)]
+struct Outcomes {
+    opened: AtomicU64,
+    shown: AtomicU64,
+    repaired: AtomicU64,
+}
+
+/// One image: errors are fine, whatever they say.
+fn try_one(subject: &Coppice, image: Image, seed: u64, outcomes: &Outcomes) {
+    let _limit = Limit::new();
+    // The check first: it writes nothing.
+    let device = device_of(image.clone());
+    let before = device.image().content_hash();
+    let checked = subject.check(&device);
+    assert_eq!(device.image().content_hash(), before, "seed {seed}: the check changed the image");
+    outcomes.opened.fetch_add(u64::from(checked.is_ok()), Ordering::Relaxed);
+    let shown = walk(&device_of(image.clone()));
+    outcomes.shown.fetch_add(u64::from(shown.is_ok_and(|errors| errors.is_empty())), Ordering::Relaxed);
+    let device = device_of(image);
+    if repair_all(&device).is_ok_and(|clean| clean) {
+        outcomes.repaired.fetch_add(1, Ordering::Relaxed);
+        let problems = subject.check(&device).unwrap_or_else(|error| panic!("seed {seed}: after a repair: {error}"));
+        assert!(problems.is_empty(), "seed {seed}: repaired, but then the check finds {problems:?}");
+        // The data of files is not what fsck looks at: a bad block stays one.
+        let errors = walk(&device).unwrap_or_else(|error| panic!("seed {seed}: repaired, but does not mount: {error}"));
+        let errors: Vec<_> = errors.iter().filter(|(_, error)| !error.is_media_error()).collect();
+        assert!(errors.is_empty(), "seed {seed}: repaired, but then {errors:?}");
+        let problems = subject.check(&device).unwrap_or_else(|error| panic!("seed {seed}: after use: {error}"));
+        assert!(problems.is_empty(), "seed {seed}: repaired and used, but then the check finds {problems:?}");
+    }
+}
+
+/// Tries images on as many threads as there are processors, and says what became of them.
+fn try_all(what: &str, damage: impl Fn(u64, &mut Random) -> Image + Sync) -> Outcomes {
+    let subject = Coppice::default();
+    let (first, images) = (seed_or(1), count("COPPICE_FUZZ_IMAGES", 160));
+    let next = AtomicU64::new(0);
+    let outcomes = Outcomes::default();
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
+            scope.spawn(|| {
+                loop {
+                    let number = next.fetch_add(1, Ordering::Relaxed);
+                    if number >= images {
+                        return;
+                    }
+                    let seed = first + number;
+                    let image = damage(seed, &mut Random(Xoshiro256PlusPlus::seed_from_u64(seed)));
+                    // A thread with a name: a report of a panic or a hang says which image it is.
+                    let (subject, outcomes) = (&subject, &outcomes);
+                    let named = std::thread::Builder::new().name(format!("{what} COPPICE_SEED={seed}"));
+                    let tried = named.spawn_scoped(scope, move || try_one(subject, image, seed, outcomes)).unwrap();
+                    tried.join().unwrap_or_else(|_| panic!("{what}: failed, again with COPPICE_SEED={seed}"));
+                }
+            });
+        }
+    });
+    println!(
+        "{what}: {images} images in {:.1} s: {} could be checked, {} showed everything, {} were repaired",
+        start.elapsed().as_secs_f64(),
+        outcomes.opened.load(Ordering::Relaxed),
+        outcomes.shown.load(Ordering::Relaxed),
+        outcomes.repaired.load(Ordering::Relaxed),
+    );
+    outcomes
+}
+
+/// Changes one to 64 sectors among those that hold anything.
+fn damage_sectors(image: &Image, used: &[u64], random: &mut Random) -> Image {
+    let mut image = image.clone();
+    for _ in 0..1 << random.below(7) {
+        let offset = used[random.below(used.len() as u64) as usize];
+        let mut sector = [0; SECTOR_BYTES as usize];
+        image.read(offset, &mut sector);
+        match random.below(4) {
+            0 => sector.fill(0),
+            1 => random.0.fill_bytes(&mut sector),
+            // A write that went to the wrong place.
+            2 => image.read(used[random.below(used.len() as u64) as usize], &mut sector),
+            _ => sector[random.below(SECTOR_BYTES) as usize] ^= 1 << random.below(8),
+        }
+        image.write(offset, &sector);
+    }
+    image
+}
+
+#[test]
+fn sectors() {
+    let image = made(&Coppice::default());
+    let mut sector = [0; SECTOR_BYTES as usize];
+    let used: Vec<u64> = (0..DEVICE_BYTES)
+        .step_by(SECTOR_BYTES as usize)
+        .filter(|&offset| {
+            image.read(offset, &mut sector);
+            sector.iter().any(|&byte| byte != 0)
+        })
+        .collect();
+    assert!(used.len() > 1000, "{} sectors are in use", used.len());
+    let outcomes = try_all("sectors", |_, random| damage_sectors(&image, &used, random));
+    assert!(outcomes.opened.load(Ordering::Relaxed) > 0 && outcomes.repaired.load(Ordering::Relaxed) > 0);
+}
+
+/// Changes up to eight keys, under checksums that are right: what a hostile image, or a fault of ours, would hold.
+fn damage_keys(transaction: &mut Transaction<'_>, random: &mut Random) -> Result<()> {
+    for _ in 0..1 << random.below(4) {
+        let btree = BtreeId::ALL[random.below(BtreeId::ALL.len() as u64) as usize];
+        let keys = transaction.range(btree, Position::MIN, Position::MAX, 400)?;
+        let Some((position, value)) = keys.get(random.below(keys.len() as u64) as usize) else { continue };
+        let mut value = value.to_vec();
+        match random.below(6) {
+            0 => {
+                transaction.delete(btree, *position);
+                continue;
+            }
+            // To another place, or to a second one.
+            1 => {
+                let to = Position { offset: position.offset ^ 1 << random.below(64), ..*position };
+                transaction.put(btree, to, value);
+                continue;
+            }
+            2 => {
+                let to = Position { inode: position.inode ^ 1 << random.below(64), ..*position };
+                transaction.put(btree, to, value);
+                transaction.delete(btree, *position);
+                continue;
+            }
+            3 => value.truncate(random.below(value.len() as u64 + 1) as usize),
+            _ => {
+                for _ in 0..1 + random.below(3) {
+                    if !value.is_empty() {
+                        let at = random.below(value.len() as u64) as usize;
+                        value[at] ^= 1 << random.below(8);
+                    }
+                }
+            }
+        }
+        transaction.put(btree, *position, value);
+    }
+    Ok(())
+}
+
+#[test]
+fn keys() {
+    let image = made(&Coppice::default());
+    let outcomes = try_all("keys", |seed, random| {
+        let device = device_of(image.clone());
+        let essential = OpenOptions { workers: WorkerSet::Essential, ..options() };
+        let filesystem = Filesystem::open(vec![Arc::clone(&device) as _], &essential).unwrap();
+        let raw = CommitOptions { raw: true, ..CommitOptions::default() };
+        // The body may run again: with the same choices.
+        let state = random.0.clone();
+        let damaged =
+            filesystem.transactions().run(raw, |transaction| damage_keys(transaction, &mut Random(state.clone())));
+        damaged.unwrap_or_else(|error| panic!("seed {seed}: cannot make the damage: {error}"));
+        filesystem.close().unwrap_or_else(|error| panic!("seed {seed}: cannot close the damaged image: {error}"));
+        device.image()
+    });
+    assert!(outcomes.opened.load(Ordering::Relaxed) > 0 && outcomes.repaired.load(Ordering::Relaxed) > 0);
+}

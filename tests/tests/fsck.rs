@@ -1,0 +1,171 @@
+//! The program fsck, as people and fsck(8) call it: what each mode changes, and the exit codes.
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use coppicefs::Result;
+use coppicefs::filesystem::{Filesystem, OpenOptions, WorkerSet};
+use coppicefs::format::namespace::{DirentBucket, Inode};
+use coppicefs::format::space::{Bucket, BucketState};
+use coppicefs::format::superblock::copy_offsets;
+use coppicefs::format::{BtreeId, Position};
+use coppicefs::transaction::{CommitOptions, Transaction};
+use coppicefs_tests::limit::finish;
+use coppicefs_tests::mount::{Site, is_mounted};
+
+const SNAPSHOT: u32 = u32::MAX;
+
+/// A small image with a tree on it.
+fn made() -> Option<Site> {
+    let site = Site::formatted("128M", &[])?;
+    site.mount("");
+    fs::create_dir(site.mnt().join("folder")).unwrap();
+    for number in 0..10_u8 {
+        fs::write(site.mnt().join(format!("folder/file {number}")), vec![number; 3000 * usize::from(number)]).unwrap();
+    }
+    site.unmount_and_check();
+    Some(site)
+}
+
+fn damage(image: &Path, change: impl Fn(&mut Transaction<'_>) -> Result<()>) {
+    let options = OpenOptions { workers: WorkerSet::Essential, cache_bytes: 16 << 20, ..OpenOptions::default() };
+    let filesystem = Filesystem::open_path(image, &options).unwrap();
+    let raw = CommitOptions { raw: true, ..CommitOptions::default() };
+    filesystem.transactions().run(raw, |transaction| change(transaction)).unwrap();
+    filesystem.close().unwrap();
+}
+
+/// Exit code and output of fsck with these words.
+fn fsck(site: &Site, words: &[&str]) -> (i32, String, String) {
+    let output = finish(site.coppice(&[&["fsck"], words].concat()).arg(site.image())).unwrap();
+    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+    (output.status.code().unwrap(), text(&output.stdout), text(&output.stderr))
+}
+
+fn a_file(transaction: &mut Transaction<'_>) -> Result<(Position, Inode)> {
+    let keys = transaction.range(BtreeId::Inodes, Position::MIN, Position::MAX, 100)?;
+    let mut files = keys.into_iter().map(|(position, value)| (position, Inode::decode(&value).unwrap()));
+    Ok(files.find(|(_, inode)| inode.mode & 0o170_000 == 0o100_000 && inode.size > 10_000).expect("a file"))
+}
+
+fn dirent_of(inode: &Inode) -> Position {
+    Position::new(inode.parent, inode.parent_hash, SNAPSHOT)
+}
+
+type Change = fn(&mut Transaction<'_>) -> Result<()>;
+
+/// Damages with the identifiers under which they are found.
+const REPAIRABLE: &[(&str, Change)] = &[
+    ("link-count", |transaction| {
+        let (position, mut inode) = a_file(transaction)?;
+        inode.link_count = 7;
+        transaction.put(BtreeId::Inodes, position, inode.encode()?);
+        Ok(())
+    }),
+    ("unconnected", |transaction| {
+        let (_, inode) = a_file(transaction)?;
+        transaction.delete(BtreeId::Dirents, dirent_of(&inode));
+        Ok(())
+    }),
+    ("dirent-dangling", |transaction| {
+        let (_, inode) = a_file(transaction)?;
+        let value = transaction.get(BtreeId::Dirents, dirent_of(&inode))?.expect("its entry");
+        let mut bucket = DirentBucket::decode(&value)?;
+        bucket.0[0].inode = coppicefs::units::InodeNumber(123_456);
+        transaction.put(BtreeId::Dirents, dirent_of(&inode), bucket.encode());
+        Ok(())
+    }),
+    ("orphan-dangling", |transaction| {
+        transaction.put(BtreeId::Orphans, Position::new(0, 4711, SNAPSHOT), Vec::new());
+        Ok(())
+    }),
+    ("bucket-wrong", |transaction| {
+        let keys = transaction.range(BtreeId::Buckets, Position::MIN, Position::MAX, 1000)?;
+        let mut decoded = keys.into_iter().map(|(position, value)| (position, Bucket::decode(&value).unwrap()));
+        let (position, mut bucket) =
+            decoded.find(|(_, bucket)| bucket.state == BucketState::Data).expect("a data bucket");
+        bucket.charged_bytes += 4096;
+        transaction.put(BtreeId::Buckets, position, bucket.encode());
+        Ok(())
+    }),
+    ("free-space-value", |transaction| {
+        let (position, _) = transaction.next(BtreeId::FreeSpace, Position::MIN, Position::MAX)?.expect("a free bucket");
+        transaction.put(BtreeId::FreeSpace, position, vec![0xee; 3]);
+        Ok(())
+    }),
+    ("index-key-stray", |transaction| {
+        transaction.put(BtreeId::NeedDiscard, Position::new(77, 5, 0), Vec::new());
+        Ok(())
+    }),
+];
+
+/// What nobody can make right without a decision.
+fn unrepairable(transaction: &mut Transaction<'_>) -> Result<()> {
+    let (position, _) = transaction.next(BtreeId::Extents, Position::MIN, Position::MAX)?.expect("an extent");
+    transaction.put(BtreeId::Extents, position, vec![0xee; 10]);
+    Ok(())
+}
+
+#[test]
+fn each_mode_repairs_what_it_says_and_n_writes_nothing() {
+    let Some(site) = made() else { return };
+    assert_eq!(fsck(&site, &["-n"]).0, 0);
+    assert_eq!(fsck(&site, &["-p"]).0, 0);
+    // Without a mode and without a terminal it is -p.
+    let modes: &[&[&str]] = &[&["-p"], &["-a"], &["-y"], &[], &["-q", "-y"], &["-v"], &["--json"]];
+    for ((id, change), mode) in REPAIRABLE.iter().zip(modes) {
+        damage(&site.image(), change);
+        let before = fs::read(site.image()).unwrap();
+        let (code, said, _) = fsck(&site, &["-n"]);
+        assert!(code == 4 && said.contains(id), "{id}: {code} {said}");
+        let (code, said, _) = fsck(&site, &["-n", "--json"]);
+        let report: serde_json::Value = serde_json::from_str(&said).unwrap_or_else(|error| panic!("{error}: {said}"));
+        assert_eq!((code, &report["clean"], &report["exit_code"]), (4, &false.into(), &4.into()), "{said}");
+        let problems = report["problems"].as_array().unwrap();
+        assert!(problems.iter().any(|problem| problem["id"] == *id && problem["repairable"] == true), "{id}: {said}");
+        assert!(fs::read(site.image()).unwrap() == before, "{id}: -n has changed the image");
+        let (code, said, errors) = fsck(&site, mode);
+        assert_eq!(code, 1, "{id} {mode:?}: {said}{errors}");
+        let (code, said, _) = fsck(&site, &["-n"]);
+        assert_eq!(code, 0, "{id} {mode:?}, then: {said}");
+    }
+    site.mount("");
+    assert!(is_mounted(&site.mnt()));
+    site.unmount_and_check();
+}
+
+#[test]
+fn what_is_repaired_and_what_is_not_add_up() {
+    let Some(site) = made() else { return };
+    damage(&site.image(), unrepairable);
+    let (code, said, _) = fsck(&site, &["-y"]);
+    assert!(code & 4 == 4 && said.contains("key-undecodable"), "{code} {said}");
+    damage(&site.image(), REPAIRABLE[0].1);
+    let (code, said, _) = fsck(&site, &["-y"]);
+    assert!(code == 5 && said.contains("link-count"), "{code} {said}");
+    let (code, said, _) = fsck(&site, &["-n"]);
+    assert!(code == 4 && !said.contains("link-count"), "{code} {said}");
+}
+
+#[test]
+fn bad_copies_on_the_medium() {
+    let Some(site) = made() else { return };
+    let image = fs::File::options().write(true).open(site.image()).unwrap();
+    let [first, middle, last] = copy_offsets(128 << 20);
+    image.write_all_at(&[0xff; 4096], middle).unwrap();
+    let (code, said, _) = fsck(&site, &["-n"]);
+    assert!(code == 4 && said.contains("superblock-copy"), "{code} {said}");
+    assert_eq!(fsck(&site, &["-p"]).0, 1);
+    assert_eq!(fsck(&site, &["-n"]).0, 0);
+    // With none left it is no filesystem, and a check cannot be made; as JSON, too.
+    for offset in [first, middle, last] {
+        image.write_all_at(&[0xff; 4096], offset).unwrap();
+    }
+    for words in [&["-n", "--json"], &["-y", "--json"]] {
+        let (code, said, errors) = fsck(&site, words);
+        let report: serde_json::Value = serde_json::from_str(&said).unwrap_or_else(|error| panic!("{error}: {said}"));
+        assert!((code == 4 || code == 8) && report["exit_code"] == code && report["clean"] == false, "{code} {said}");
+        assert_eq!(errors.lines().count(), 1, "{errors}");
+    }
+}
