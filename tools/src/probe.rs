@@ -85,6 +85,8 @@ pub fn observe() -> Result<Vec<Fact>> {
     mount.end(&mut facts)?;
     let mount = Mount::new(CacheMode::Daemon)?;
     daemon_cache(&mut facts, &mount)?;
+    let mount = Mount::new(CacheMode::Writeback)?;
+    delayed_writes(&mut facts, &mount)?;
     Ok(facts.0)
 }
 
@@ -614,6 +616,27 @@ fn daemon_cache(facts: &mut Facts, mount: &Mount) -> Result<()> {
     let observed =
         format!("{} READs of {} to {} bytes", sizes.len(), shown_min(&sizes), sizes.iter().max().unwrap_or(&0));
     facts.add("cache=daemon", "sendfile(2) works through the pipe, in READs of the pipe's size", all, observed);
+    Ok(())
+}
+
+fn delayed_writes(facts: &mut Facts, mount: &Mount) -> Result<()> {
+    const TOPIC: &str = "cache=writeback";
+    let file = write_file(&mount.path("file"), 4096)?;
+    // The kernel's time of the write is never ours of the creation.
+    let (synced, seen) = mount.watch(|| file.sync_all());
+    let holds = synced.is_ok() && count(&seen, "setattr") == 1;
+    facts.add(TOPIC, "fsync(2) sends the file's times, by SETATTR", holds, trace(&seen));
+    let (_, seen) = mount.watch(|| (0..8).try_for_each(|page| file.write_all_at(&[2; 4096], page * 4096)));
+    facts.add(TOPIC, "a write has not arrived when write(2) returns", count(&seen, "write") == 0, trace(&seen));
+    let (synced, seen) = mount.watch(|| file.sync_all());
+    let delayed = seen.iter().filter(|seen| seen.operation == "write").all(|seen| seen.from_page_cache);
+    let bytes: u64 = lengths(&seen, "write").iter().sum();
+    let holds = synced.is_ok() && delayed && bytes == 8 * 4096;
+    facts.add(TOPIC, "fsync(2) sends it, from the page cache", holds, trace(&seen));
+    file.write_all_at(&[3; 10], 100)?;
+    let (_, seen) = mount.watch(|| drop(file));
+    let holds = count(&seen, "write") == 1 && count(&seen, "flush") == 1;
+    facts.add(TOPIC, "close(2) writes back, then sends FLUSH", holds, trace(&seen));
     Ok(())
 }
 
