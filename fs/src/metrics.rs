@@ -97,6 +97,10 @@ counters! {
     pagecache_readahead_used = "pagecache.readahead_used",
     pagecache_evicted_folios = "pagecache.evicted_folios",
     pagecache_splice_references = "pagecache.splice_references",
+    /// Direct reads and writes of files of which nothing was cached.
+    direct_fast = "pagecache.direct_fast",
+    /// Direct reads and writes that had cached pages, or somebody who changed extents, to be coherent with.
+    direct_slow = "pagecache.direct_slow",
     pagecache_writer_throttled = "pagecache.writer_throttled",
     reply_bytes_copied = "pagecache.reply_bytes_copied",
     reply_bytes_referenced = "pagecache.reply_bytes_referenced",

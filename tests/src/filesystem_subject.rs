@@ -27,7 +27,9 @@ const ROOT: u64 = 1;
 const CALLER: Caller = Caller { uid: 0, gid: 0, pid: 1, umask: 0 };
 const READ_WRITE: i32 = 2;
 const EXCHANGE: u32 = 2;
+const KEEP_SIZE: i32 = 1;
 const KEEP_SIZE_AND_PUNCH_HOLE: i32 = 3;
+const ZERO_RANGE: i32 = 16;
 /// Bytes of one write request, as the kernel cuts them.
 const WRITE_BYTES_MAX: usize = 128 << 10;
 
@@ -424,6 +426,22 @@ impl Mounted for MountedCoppice {
                 let found = self.find(path)?;
                 let open = self.open(&found)?;
                 vfs.fallocate(&CALLER, found.node(), open.handle, *offset, *length, KEEP_SIZE_AND_PUNCH_HOLE)?;
+            }
+            Operation::Zero { path, offset, length, keep_size } => {
+                let found = self.find(path)?;
+                let open = self.open(&found)?;
+                let mode = if *keep_size { ZERO_RANGE | KEEP_SIZE } else { ZERO_RANGE };
+                vfs.fallocate(&CALLER, found.node(), open.handle, *offset, *length, mode)?;
+            }
+            Operation::Collapse { path, offset, length } => {
+                let found = self.find(path)?;
+                let open = self.open(&found)?;
+                vfs.collapse_range(found.node(), open.handle, *offset, *length)?;
+            }
+            Operation::Insert { path, offset, length } => {
+                let found = self.find(path)?;
+                let open = self.open(&found)?;
+                vfs.insert_range(found.node(), open.handle, *offset, *length)?;
             }
             Operation::ChangeMode { path, mode } => {
                 let found = self.find(path)?;

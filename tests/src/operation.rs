@@ -37,6 +37,12 @@ pub enum Operation {
     WriteUnlinked { offset: u64, length: u64, tag: u32 },
     /// Closes all handles that were kept.
     Release,
+    /// fallocate(ZERO_RANGE), with or without KEEP_SIZE.
+    Zero { path: String, offset: u64, length: u64, keep_size: bool },
+    /// Takes whole blocks out: what lies behind moves down (our collapse_range).
+    Collapse { path: String, offset: u64, length: u64 },
+    /// Makes room of whole blocks: what lies behind moves up (our insert_range).
+    Insert { path: String, offset: u64, length: u64 },
     /// chmod.
     ChangeMode { path: String, mode: u16 },
     /// setxattr of a `user.` attribute.

@@ -6,7 +6,7 @@ use rand_xoshiro::Xoshiro256PlusPlus;
 use rand_xoshiro::rand_core::{Rng, SeedableRng};
 
 use crate::model::Model;
-use crate::operation::Operation;
+use crate::operation::{Operation, Way};
 use crate::tree::Kind;
 
 pub use more::compressible;
@@ -60,6 +60,8 @@ pub fn all() -> Vec<(&'static str, Vec<Operation>)> {
         ("checkpoint in the middle", checkpoint_in_the_middle()),
         ("attributes and links", attributes_and_links()),
         ("exchange", exchange()),
+        ("ranges", ranges()),
+        ("direct", direct()),
     ]
 }
 
@@ -255,6 +257,73 @@ fn truncate_and_extend() -> Vec<Operation> {
     ]
 }
 
+fn write_direct(path: &str, offset: u64, length: u64, tag: u32) -> Operation {
+    Operation::WriteAs { path: path.into(), offset, length, tag, way: Way::Direct }
+}
+
+fn collapse(path: &str, offset: u64, length: u64) -> Operation {
+    Operation::Collapse { path: path.into(), offset, length }
+}
+
+fn insert(path: &str, offset: u64, length: u64) -> Operation {
+    Operation::Insert { path: path.into(), offset, length }
+}
+
+/// Holes with edges, zeroed ranges, and files whose middle is taken out or made longer, with one extent for each block: more than a transaction takes.
+fn ranges() -> Vec<Operation> {
+    let mut workload = vec![create("/a"), write("/a", 0, 30_000, 1), fsync("/a")];
+    workload.extend([
+        Operation::Punch { path: "/a".into(), offset: 3000, length: 11_000 },
+        write("/a", 20_000, 5000, 2),
+        Operation::Zero { path: "/a".into(), offset: 18_000, length: 4000, keep_size: true },
+        Operation::Settle,
+        Operation::Zero { path: "/a".into(), offset: 25_000, length: 10_000, keep_size: false },
+        create("/b"),
+    ]);
+    let blocks = 24;
+    for block in (0..blocks).rev() {
+        workload.push(write("/b", block * 4096, 4096 - 50 * u64::from(block + 1 == blocks), 10 + block as u32));
+        workload.push(write_direct("/b", block * 4096, 2000, 50));
+    }
+    workload.extend([
+        fsync("/b"),
+        collapse("/b", 4096, 3 * 4096),
+        write("/b", 8000, 3000, 90),
+        insert("/b", 8192, 5 * 4096),
+        Operation::Settle,
+        collapse("/b", 0, 4096),
+        write("/b", 100, 100, 91),
+        fsync("/b"),
+        Operation::Punch { path: "/b".into(), offset: 4000, length: 60_000 },
+        Operation::Sync,
+    ]);
+    workload
+}
+
+/// Direct writes beside buffered ones: aligned, extending, over dirty blocks, into holes and over inline data.
+fn direct() -> Vec<Operation> {
+    let direct = |offset, length, tag| write_direct("/a", offset, length, tag);
+    vec![
+        create("/a"),
+        write("/a", 0, 700, 1),
+        fsync("/a"),
+        direct(0, 4096, 2),
+        direct(4096, 8192, 3),
+        fsync("/a"),
+        write("/a", 5000, 3000, 4),
+        direct(4096, 4096, 5),
+        Operation::Settle,
+        write("/a", 9000, 9000, 6),
+        direct(20_000, 3000, 7),
+        truncate("/a", 21_000),
+        direct(16_384, 4096, 8),
+        direct(1000, 200, 9),
+        fsync("/a"),
+        direct(40_960, 4096, 10),
+        Operation::Sync,
+    ]
+}
+
 /// Rewrites parts of a few files again and again: old extents die one by one, so that compaction has work.
 fn overwrite() -> Vec<Operation> {
     let mut workload = Vec::new();
@@ -372,7 +441,7 @@ impl Random {
             Some(Kind::File(bytes)) => bytes.len() as u64,
             _ => 0,
         };
-        match self.below(32) {
+        match self.below(38) {
             0..=4 => Operation::Create { path: fresh, mode: 0o600 + self.below(0o100) as u16 },
             5 | 6 => directory(&fresh),
             7..=13 => {
@@ -414,6 +483,25 @@ impl Random {
             28 => fsync(&self.pick(&files)),
             29 => Operation::FsyncDirectory { path: folder },
             30 => Operation::Sync,
+            31 => {
+                let path = self.pick(&files);
+                let (offset, length) = (self.below(size(&path) + 3000), 1 + self.below(20_000));
+                Operation::Zero { path, offset, length, keep_size: self.below(2) == 0 }
+            }
+            32 | 33 => {
+                let path = self.pick(&files);
+                let blocks = size(&path) / 4096 + 1;
+                let (offset, length) = (self.below(blocks) * 4096, (1 + self.below(blocks / 2 + 1)) * 4096);
+                if self.below(2) == 0 { collapse(&path, offset, length) } else { insert(&path, offset, length) }
+            }
+            34 | 35 => {
+                let path = self.pick(&files);
+                let (offset, length) = match self.below(2) {
+                    0 => (self.below(size(&path) / 4096 + 2) * 4096, (1 + self.below(4)) * 4096),
+                    _ => (self.below(size(&path) + 5000), 1 + self.below(9000)),
+                };
+                write_direct(&path, offset, length, tag)
+            }
             _ => Operation::Settle,
         }
     }

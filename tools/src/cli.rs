@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
-use crate::commands::{install, journal, list, mounted, show_super, usage};
+use crate::commands::{install, journal, layout, list, mounted, show_super, usage};
 use crate::{bench, image, mount, probe, trial};
 
 /// The exit code for a command line that is wrong, as most programs have it.
@@ -41,6 +41,10 @@ enum Command {
     Stats(mounted::StatsArguments),
     /// Make everything on a mounted filesystem durable
     Sync(mounted::SyncArguments),
+    /// Take a range out of a mounted file: what lies behind it moves down
+    Collapse(layout::Arguments),
+    /// Make room in a mounted file: what lies behind moves up
+    Insert(layout::Arguments),
     /// Show what the running kernel's FUSE does, as far as the filesystem relies on it
     Probe {
         /// Print JSON
@@ -131,6 +135,8 @@ fn run_simple(command: Command) -> anyhow::Result<()> {
         Command::Journal(arguments) => journal::run(&arguments),
         Command::Stats(arguments) => mounted::stats(&arguments),
         Command::Sync(arguments) => mounted::sync(&arguments),
+        Command::Collapse(arguments) => layout::collapse(&arguments),
+        Command::Insert(arguments) => layout::insert(&arguments),
         Command::Probe { json } => probe::run(json),
         Command::Install(arguments) => install::run(&arguments),
         Command::Completions { shell } => {

@@ -499,6 +499,10 @@ impl Data {
                 Ok((next, moved))
             })?;
             let (next, moved_now) = committed.value;
+            if let (Some(hook), Some(done)) = (self.moved.get(), moves.get(at..next)) {
+                let inodes: std::collections::BTreeSet<u64> = done.iter().map(|one| one.position.inode).collect();
+                inodes.into_iter().for_each(|inode| hook(InodeNumber(inode)));
+            }
             at = next;
             moved += moved_now;
         }

@@ -11,7 +11,7 @@
 //!    zeroed tail in the transaction that sets the size; [`Data::read`] needs not know the size.
 //! 2. **Sizes and sums agree.** `allocated_bytes` of an inode is the sum of [`extents::allocated_bytes`] of its extents, after every
 //!    transaction.
-//! 3. **A promise is on disk before it is needed.** Work that one transaction cannot finish (a truncation of many extents) is
+//! 3. **A promise is on disk before it is needed.** Work that one transaction cannot finish (a truncation, a hole, a collapse of many extents) is
 //!    named in the logged-operations tree by its first transaction, and removed by its last: [`Data::resume_logged_operation`] finishes it
 //!    at mount, before the inode can be used.
 //!
@@ -24,13 +24,16 @@
 pub mod compress;
 mod copygc;
 pub mod extents;
+mod logged;
 mod range;
 mod read;
 mod seek;
 mod write;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
+
+use std::sync::OnceLock;
 
 use smallvec::SmallVec;
 
@@ -50,8 +53,9 @@ use crate::units::{DeviceIndex, InodeNumber, JournalSequence, SnapshotId};
 
 pub use compress::Compression;
 pub use copygc::{CopyGc, Evacuated};
+pub use logged::RangeFill;
 pub use read::{BadRange, ReadPiece};
-pub use write::{WriteCommit, WriteRun};
+pub use write::{PreparedWrite, WriteCommit, WriteRun};
 
 /// Largest file that is kept inline, in bytes, by default: what keeps a leaf of 128 KiB holding several dozen files.
 pub const INLINE_BYTES_MAX: u32 = 2048;
@@ -102,7 +106,12 @@ pub struct Data {
     keys_max: usize,
     /// Bytes of values after which a transaction takes no further extent.
     value_bytes_max: usize,
+    /// Told of each inode whose extents copygc has moved.
+    moved: OnceLock<MovedHook>,
 }
+
+/// See [`Data::set_moved_hook`].
+pub type MovedHook = Box<dyn Fn(InodeNumber) + Send + Sync>;
 
 impl std::fmt::Debug for Data {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -151,7 +160,13 @@ impl Data {
             frame_bytes: u64::from(compress::FRAME_BYTES.min(geometry.bucket_bytes)),
             keys_max: (node_bytes / 8 / 64).clamp(4, 256),
             value_bytes_max,
+            moved: OnceLock::new(),
         })
+    }
+
+    /// Sets what is called, with no lock held, after copygc's commits, once for each inode whose extents it moved. Only the first hook counts.
+    pub fn set_moved_hook(&self, hook: MovedHook) {
+        let _ = self.moved.set(hook);
     }
 
     /// How new data is stored.

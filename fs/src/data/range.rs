@@ -1,6 +1,7 @@
-//! Changes of ranges that write no file data: punching, truncating, allocating, dropping the extents of a deleted inode.
+//! Changes of ranges that write no file data: truncating, allocating, dropping the extents of a deleted inode. (Holes, collapse and insert are in
+//! [`super::logged`].)
 //!
-//! Each works in transactions of bounded size. Punching and allocating may stop half-way in a crash, as the ranges they change are independent
+//! Each works in transactions of bounded size. Allocating may stop half-way in a crash, as the ranges it changes are independent
 //! blocks. Truncation is whole: its first transaction sets the size, makes the tail of the last block zeros (invariant 1 of [`super`]), and, if
 //! extents are left beyond, names the rest of the work in the logged-operations tree:
 //!
@@ -29,7 +30,7 @@ use crate::transaction::{CommitOptions, Transaction};
 use crate::units::{InodeNumber, JournalSequence};
 
 /// Bytes of one unwritten extent at most: far below what its length field holds.
-const UNWRITTEN_BYTES_MAX: u64 = 1 << 30;
+pub(super) const UNWRITTEN_BYTES_MAX: u64 = 1 << 30;
 
 /// How often the last block may change under a truncation before that is taken for a bug.
 const ATTEMPTS_MAX: u32 = 64;
@@ -57,32 +58,7 @@ pub(super) fn logged_position(inode: InodeNumber) -> Position {
 }
 
 impl Data {
-    /// Makes `[start, end)`, whole blocks, a hole. `end` may lie beyond the end of the file, whose size stays. The caller has dropped or written back
-    /// what is cached of it.
-    ///
-    /// # Errors
-    /// The device's or the journal's, [`Error::Invalid`] for a range that is not whole blocks.
-    pub fn punch(&self, inode: InodeNumber, start: u64, end: u64, update_inode: &dyn Fn(&mut Inode)) -> Result<Change> {
-        self.check_blocks(start, end)?;
-        let mut cursor = start;
-        let mut change = Change { sequence: JournalSequence(0), inode: None };
-        while cursor < end {
-            let committed = self.transactions.run(CommitOptions::reclaim(), |transaction| {
-                let Some(mut stored) = self.inode(transaction, inode)? else { return Ok(None) };
-                let done = overwrite(transaction, &self.view(), inode, cursor, end, None, self.keys_max)?;
-                self.put_inode(transaction, inode, &mut stored, done.allocated_delta, update_inode)?;
-                Ok(Some((done.covered_to, stored)))
-            })?;
-            let Some((covered_to, stored)) = committed.value else {
-                return Ok(Change { sequence: change.sequence, inode: None });
-            };
-            cursor = covered_to;
-            change = Change { sequence: change.sequence.max(committed.sequence), inode: Some(stored) };
-        }
-        Ok(change)
-    }
-
-    fn check_blocks(&self, start: u64, end: u64) -> Result<()> {
+    pub(super) fn check_blocks(&self, start: u64, end: u64) -> Result<()> {
         let block = u64::from(self.shape.block_bytes);
         if start > end || !start.is_multiple_of(block) || !(end.is_multiple_of(block) || end == u64::MAX) {
             return Err(Error::Invalid(format!("the range {start}..{end} is not whole blocks of {block}")));
@@ -244,7 +220,7 @@ impl Data {
     }
 
     /// Drops what is left from `from` on, and then the promise to do so.
-    fn finish_truncate(&self, inode: InodeNumber, mut from: u64) -> Result<Change> {
+    pub(super) fn finish_truncate(&self, inode: InodeNumber, mut from: u64) -> Result<Change> {
         let mut change = Change { sequence: JournalSequence(0), inode: None };
         while from < u64::MAX {
             let committed = self.transactions.run(CommitOptions::reclaim(), |transaction| {
@@ -279,23 +255,6 @@ impl Data {
             stored => stored,
         };
         Ok((done, stored))
-    }
-
-    /// Finishes one operation that a crash interrupted. Returns whether there was one: the mount calls it until there is none, before any inode is used.
-    ///
-    /// # Errors
-    /// The device's or the journal's, or damage.
-    pub fn resume_logged_operation(&self) -> Result<bool> {
-        let first = Position::new(0, 0, 0);
-        let last = Position::new(0, u64::MAX, u32::MAX);
-        let found = self.transactions.read().next(BtreeId::LoggedOperations, first, last)?;
-        let Some((position, value)) = found else { return Ok(false) };
-        let LoggedOperation::Truncate { inode, size } = LoggedOperation::decode(&value)?;
-        if position != logged_position(InodeNumber(inode)) {
-            return Err(Error::corrupt(format!("logged operation {position}"), format!("it is about inode {inode}")));
-        }
-        self.finish_truncate(InodeNumber(inode), self.shape.block_ceiling(size))?;
-        Ok(true)
     }
 
     /// Drops extents of an inode from `from` (whole blocks) on, in one transaction, at most `budget` of them. Returns whether there are more. For
@@ -357,7 +316,7 @@ impl Data {
     }
 
     /// Turns inline data into a block, so that space is held for it too.
-    fn expand_inline(&self, inode: InodeNumber) -> Result<JournalSequence> {
+    pub(super) fn expand_inline(&self, inode: InodeNumber) -> Result<JournalSequence> {
         let (bytes, size) = {
             let mut transaction = self.transactions.read();
             let Some(stored) = self.inode(&mut transaction, inode)? else { return Ok(JournalSequence(0)) };

@@ -93,12 +93,46 @@ enum Item<'a> {
     Frame { unit: Unit<'a>, frame: EncodedFrame },
 }
 
+impl Item<'_> {
+    fn offset(&self) -> u64 {
+        match self {
+            Item::Raw { offset, .. } => *offset,
+            Item::Frame { unit, .. } => unit.offset,
+        }
+    }
+}
+
 /// Bytes with a place on disk.
-struct Placed<'a> {
-    offset: u64,
-    value: ExtentValue,
-    stored: Stored<'a>,
-    allocation: Allocation,
+#[derive(Debug)]
+pub(super) struct Placed {
+    pub(super) offset: u64,
+    pub(super) value: ExtentValue,
+    pub(super) allocation: Allocation,
+}
+
+/// Data that lies in fresh space, written but not flushed, and that no key names yet. Dropped, it was never there: its space was not counted.
+/// Its allocations keep their buckets open, so it must not be kept for long.
+#[derive(Debug)]
+#[must_use]
+pub struct PreparedWrite {
+    pub(super) placed: Vec<Placed>,
+    /// File offset of the first byte after it, padding not counted.
+    data_end: u64,
+    /// What was asked for from this file offset on found no space without waiting, and is not in here; `u64::MAX` if all of it is.
+    covered_to: u64,
+}
+
+impl PreparedWrite {
+    /// Nothing.
+    pub fn empty() -> Self {
+        Self { placed: Vec::new(), data_end: 0, covered_to: u64::MAX }
+    }
+
+    /// Where what was asked for goes on that is not in here: nobody waits for space while holding some. `u64::MAX` if all is in.
+    #[must_use]
+    pub fn covered_to(&self) -> u64 {
+        self.covered_to
+    }
 }
 
 enum Stored<'a> {
@@ -177,6 +211,60 @@ impl Data {
         }))
     }
 
+    /// Puts the runs (ascending, not overlapping) into fresh space, with no key that names them: what may be done with no lock held. `size` is
+    /// the file's size once they are committed: bytes beyond it are not written. Returns when the writes have completed. Waits for space for the first bytes
+    /// only: see [`PreparedWrite::covered_to`].
+    ///
+    /// # Errors
+    /// The device's; [`Error::Invalid`] for runs that are not whole blocks. Nothing has changed then.
+    pub fn prepare_write(&self, inode: InodeNumber, runs: &[WriteRun<'_>], size: u64) -> Result<PreparedWrite> {
+        self.prepare(runs, size, WritePoint::User(inode.0), Watermark::Normal)
+    }
+
+    /// Names prepared data. `committed` is told how far (file offset) each transaction came: what lies below is new, whatever happens to the rest. The
+    /// caller excludes changes of the same blocks (block lock), and has made sure that the stored size may grow to the end of the data.
+    ///
+    /// # Errors
+    /// The journal's. A part may be committed then.
+    pub fn commit_write(
+        &self,
+        inode: InodeNumber,
+        prepared: &PreparedWrite,
+        commit: WriteCommit<'_>,
+        committed: &mut dyn FnMut(u64),
+    ) -> Result<Change> {
+        self.commit_placed(inode, &prepared.placed, prepared.data_end, commit, committed)
+    }
+
+    pub(super) fn prepare(
+        &self,
+        runs: &[WriteRun<'_>],
+        limit: u64,
+        point: WritePoint,
+        watermark: Watermark,
+    ) -> Result<PreparedWrite> {
+        let block = self.shape.block_bytes;
+        let copied = runs.iter().map(|run| copy_odd_bytes(run, limit, block)).collect::<Result<Vec<_>>>()?;
+        let sources: Vec<Source<'_>> =
+            runs.iter().zip(&copied).filter_map(|(run, copied)| source(run, copied, limit, block)).collect();
+        let data_end = runs.last().map_or(0, |run| run.offset.saturating_add(run.length())).min(limit);
+        self.place_and_submit(&mut self.encode(&sources), data_end, point, watermark)
+    }
+
+    /// Writes what of the items there is space for; the rest stays in `items`.
+    fn place_and_submit(
+        &self,
+        items: &mut VecDeque<Item<'_>>,
+        data_end: u64,
+        point: WritePoint,
+        watermark: Watermark,
+    ) -> Result<PreparedWrite> {
+        let (placed, stored): (Vec<_>, Vec<_>) = self.place(items, point, watermark)?.into_iter().unzip();
+        self.submit_writes(&placed, &stored)?;
+        let covered_to = items.front().map_or(u64::MAX, Item::offset);
+        Ok(PreparedWrite { placed, data_end: data_end.min(covered_to), covered_to })
+    }
+
     /// Writes runs as extents in buckets, whatever their size.
     pub(super) fn write_blocks(
         &self,
@@ -195,9 +283,8 @@ impl Data {
         let mut items = self.encode(&sources);
         let mut change = Change { sequence: JournalSequence(0), inode: None };
         loop {
-            let placed = self.place(&mut items, point, watermark)?;
-            self.submit_writes(&placed)?;
-            let committed = self.commit_placed(inode, &placed, data_end, commit)?;
+            let prepared = self.place_and_submit(&mut items, data_end, point, watermark)?;
+            let committed = self.commit_write(inode, &prepared, commit, &mut |_| {})?;
             change = Change { sequence: change.sequence.max(committed.sequence), inode: committed.inode };
             if items.is_empty() || change.inode.is_none() {
                 return Ok(change);
@@ -265,7 +352,7 @@ impl Data {
         items: &mut VecDeque<Item<'a>>,
         point: WritePoint,
         watermark: Watermark,
-    ) -> Result<Vec<Placed<'a>>> {
+    ) -> Result<Vec<(Placed, Stored<'a>)>> {
         let mut placed = Vec::with_capacity(items.len());
         // The end of a bucket, too short for a frame: raw data that follows may use it.
         let mut spare: Option<Allocation> = None;
@@ -299,7 +386,7 @@ impl Data {
                     }
                     let Item::Raw { offset, slices, length, checksums } = head else { continue };
                     let value = self.raw_extent(&allocation, length, checksums);
-                    placed.push(Placed { offset, value, stored: Stored::Slices(slices), allocation });
+                    placed.push((Placed { offset, value, allocation }, Stored::Slices(slices)));
                 }
                 Item::Frame { unit, frame } if allocation.length >= wanted => {
                     placed.push(self.placed_frame(&unit, frame, allocation));
@@ -319,10 +406,10 @@ impl Data {
         Ok(placed)
     }
 
-    fn placed_frame<'a>(&self, unit: &Unit<'_>, frame: EncodedFrame, allocation: Allocation) -> Placed<'a> {
+    fn placed_frame<'a>(&self, unit: &Unit<'_>, frame: EncodedFrame, allocation: Allocation) -> (Placed, Stored<'a>) {
         let checksum = self.stream_checksum(&frame);
         let value = self.frame_extent(&allocation, unit, &frame, checksum);
-        Placed { offset: unit.offset, value, stored: Stored::Frame(frame.bytes), allocation }
+        (Placed { offset: unit.offset, value, allocation }, Stored::Frame(frame.bytes))
     }
 
     /// Cuts a frame that needs `needed` bytes so that its first part fits into `room` bytes.
@@ -383,9 +470,9 @@ impl Data {
     }
 
     /// One submission for each device.
-    fn submit_writes(&self, placed: &[Placed<'_>]) -> Result<()> {
-        let writes = placed.iter().map(|placed| {
-            let data = match &placed.stored {
+    fn submit_writes(&self, placed: &[Placed], stored: &[Stored<'_>]) -> Result<()> {
+        let writes = placed.iter().zip(stored).map(|(placed, stored)| {
+            let data = match stored {
                 Stored::Slices(slices) => slices.clone(),
                 Stored::Frame(bytes) => vec![bytes.as_slice()],
             };
@@ -397,9 +484,10 @@ impl Data {
     fn commit_placed(
         &self,
         inode: InodeNumber,
-        placed: &[Placed<'_>],
+        placed: &[Placed],
         data_end: u64,
         commit: WriteCommit<'_>,
+        committed_to: &mut dyn FnMut(u64),
     ) -> Result<Change> {
         let mut cursor = Cursor { index: 0, within: 0 };
         let mut change = Change { sequence: JournalSequence(0), inode: None };
@@ -427,6 +515,10 @@ impl Data {
             }
             change = Change { sequence: change.sequence.max(committed.sequence), inode: Some(stored) };
             cursor = next;
+            match placed.get(cursor.index) {
+                Some(next) => committed_to(next.offset + cursor.within),
+                None => committed_to(u64::MAX),
+            }
         }
         Ok(change)
     }
@@ -437,7 +529,7 @@ impl Data {
         &self,
         transaction: &mut crate::transaction::Transaction<'_>,
         inode: InodeNumber,
-        placed: &[Placed<'_>],
+        placed: &[Placed],
         mut cursor: Cursor,
         limit: u64,
     ) -> Result<(Cursor, u64, i64)> {

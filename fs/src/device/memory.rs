@@ -6,6 +6,7 @@
 use super::check::check_range;
 use super::{BlockDevice, Image, ReadRequest, WriteRequest};
 use crate::error::Result;
+use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{LockClass, Rank, RwLock, order};
 
 /// See the module's documentation.
@@ -14,6 +15,7 @@ pub struct MemDevice {
     image: RwLock<Image>,
     size_bytes: u64,
     read_only: bool,
+    bytes_written: AtomicU64,
 }
 
 impl MemDevice {
@@ -30,7 +32,14 @@ impl MemDevice {
             size_bytes: image.size_bytes(),
             image: RwLock::ranked(LockClass::new(Rank::InnerLeaf), image),
             read_only,
+            bytes_written: AtomicU64::new(0),
         }
+    }
+
+    /// How many bytes were written since it was made.
+    #[must_use]
+    pub fn bytes_written(&self) -> u64 {
+        self.bytes_written.load(Ordering::SeqCst)
     }
 
     /// What the device holds now.
@@ -81,6 +90,8 @@ impl BlockDevice for MemDevice {
                 image.write(offset, slice);
                 offset += slice.len() as u64;
             }
+            drop(image);
+            self.bytes_written.fetch_add(request.length(), Ordering::SeqCst);
         }
         Ok(())
     }

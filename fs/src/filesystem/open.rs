@@ -12,7 +12,7 @@ use crate::device::{BlockDevice, CheckedDevice, FileDevice, FileOptions, is_same
 use crate::env::{Env, Worker};
 use crate::error::{Error, Result};
 use crate::format::checkpoint::Checkpoint;
-use crate::format::namespace::{FileType, Inode, Snapshot, Subvolume};
+use crate::format::namespace::{FileType, Inode, LoggedOperation, Snapshot, Subvolume};
 use crate::format::superblock::{KNOWN_READ_ONLY_COMPAT, Superblock};
 use crate::format::{BtreeId, ChecksumKind, CompressionKind, Position};
 use crate::journal::{Journal, JournalConfig, Log, journal_identity, read_log};
@@ -63,7 +63,7 @@ pub struct OpenOptions {
     pub switches: TestSwitches,
     /// Largest journal record in bytes.
     pub record_bytes_max: u32,
-    /// Age at which dirty data is written back.
+    /// Age at which dirty data is written back, at most; less where `commit_interval` asks for it.
     pub writeback_age: Duration,
     /// The kernel delays writes to files.
     pub kernel_delays_writes: bool,
@@ -106,6 +106,24 @@ impl From<&MountOptions> for OpenOptions {
             directory_synchronous: mount.directory_synchronous,
             ..Self::default()
         }
+    }
+}
+
+/// How `commit_interval` is divided. All of a change is to be durable within it, delayed data included: data waits for three eighths of it,
+/// the record that names it for a half, and an eighth is left for the writing.
+impl OpenOptions {
+    /// How long a record may wait for its flush. Zero stays zero: each operation is flushed.
+    fn journal_interval(&self) -> Duration {
+        self.commit_interval / 2
+    }
+
+    /// How long data may stay dirty.
+    fn data_age(&self) -> Duration {
+        if self.commit_interval.is_zero() {
+            // Each operation writes back what it made dirty; only what the kernel delayed is left to age.
+            return self.writeback_age;
+        }
+        self.writeback_age.min(self.commit_interval * 3 / 8)
     }
 }
 
@@ -203,7 +221,7 @@ fn journal_config(superblock: &Superblock, devices: &[Arc<dyn BlockDevice>], opt
         copies: superblock.layout.journal.clone(),
         bucket_bytes: superblock.geometry.bucket_bytes,
         record_bytes_max: options.record_bytes_max,
-        commit_interval: Some(options.commit_interval),
+        commit_interval: Some(options.journal_interval()),
     }
 }
 
@@ -422,7 +440,7 @@ impl Filesystem {
                     AccessTimes::Relative => AccessTime::Relative,
                     AccessTimes::Always => AccessTime::Always,
                 },
-                writeback_age: options.writeback_age,
+                writeback_age: options.data_age(),
                 synchronous: options.synchronous,
                 kernel_delays_writes: options.kernel_delays_writes,
                 directory_synchronous: options.directory_synchronous,
@@ -452,7 +470,14 @@ impl Filesystem {
     /// Starts the workers, and makes what was replayed need no replay again.
     fn start(self: &Arc<Self>, options: &OpenOptions) -> Result<()> {
         if options.read_only {
-            return Ok(());
+            // Tools that look at keys may; whoever reads files must not see one half moved.
+            let pending = if options.workers == WorkerSet::All { self.data.next_logged_operation()? } else { None };
+            return match pending {
+                None | Some(LoggedOperation::Truncate { .. }) => Ok(()),
+                Some(operation) => Err(Error::Invalid(format!(
+                    "a crash interrupted an operation ({operation:?}): mount read-write once, so that it is finished"
+                ))),
+            };
         }
         let log: Arc<dyn CheckpointLog> = Arc::clone(&self.journal) as _;
         let mut workers: Vec<Arc<dyn Worker>> = self.journal.workers();

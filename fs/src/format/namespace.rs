@@ -274,9 +274,53 @@ pub enum LoggedOperation {
         /// Bytes that stay.
         size: u64,
     },
+    /// Make what is left of a hole, or of a range of zeros that holds its space: `[start, end)`, whole blocks.
+    Replace {
+        /// Inode number.
+        inode: u64,
+        /// Where the work goes on.
+        start: u64,
+        /// Where it ends.
+        end: u64,
+        /// Whether space is held for the zeros (unwritten extents); else it becomes a hole.
+        unwritten: bool,
+    },
+    /// Take `[offset, offset + length)`, whole blocks, out of the file: all behind it moves down by `length`. The size is changed already.
+    Collapse {
+        /// Inode number.
+        inode: u64,
+        /// First byte that goes.
+        offset: u64,
+        /// How many go.
+        length: u64,
+        /// Where the work goes on, in offsets from before: extents below `offset + length` are dropped, those behind it moved.
+        cursor: u64,
+    },
+    /// Make room for `length` bytes, whole blocks, at `offset`: all behind it moves up. The size is changed already.
+    Insert {
+        /// Inode number.
+        inode: u64,
+        /// Where the room is made.
+        offset: u64,
+        /// How much.
+        length: u64,
+        /// Extents that end behind it, in offsets from before, have moved.
+        cursor: u64,
+    },
 }
 
 impl LoggedOperation {
+    /// The inode that it is about.
+    #[must_use]
+    pub fn inode(&self) -> u64 {
+        match self {
+            Self::Truncate { inode, .. }
+            | Self::Replace { inode, .. }
+            | Self::Collapse { inode, .. }
+            | Self::Insert { inode, .. } => *inode,
+        }
+    }
+
     /// The stored form.
     ///
     /// # Errors

@@ -7,10 +7,11 @@
 use std::fs::File;
 use std::path::Path;
 
-use rustix::ioctl::{NoArg, Updater, ioctl};
+use rustix::fs::{FallocateFlags, fallocate};
+use rustix::ioctl::{NoArg, Setter, Updater, ioctl};
 
 use crate::error::{Error, Result};
-use crate::vfs::{IOCTL_STATISTICS, IOCTL_SYNC};
+use crate::vfs::{ARM_COLLAPSE, ARM_INSERT, IOCTL_ARM, IOCTL_STATISTICS, IOCTL_SYNC};
 
 /// Bytes that one statistics call carries.
 const PAGE_BYTES: usize = 8192;
@@ -68,6 +69,67 @@ pub fn statistics(mount: &Path) -> Result<Vec<(String, u64)>> {
         }
     }
     Ok(counters)
+}
+
+/// How often a change of a file's layout is tried whose size somebody else changes meanwhile.
+const ARM_ATTEMPTS: u32 = 8;
+
+/// Opens a file whose layout is to be changed, and says how long it is.
+fn open_to_change(path: &Path) -> Result<(File, u64)> {
+    let failed = |error| Error::io(format!("opening {}", path.display()), error);
+    let file = File::options().read(true).write(true).open(path).map_err(failed)?;
+    let size = file.metadata().map_err(failed)?.len();
+    Ok((file, size))
+}
+
+fn arm(path: &Path, file: &File, what: u64, offset: u64, length: u64) -> Result<()> {
+    let words = [what.to_le(), offset.to_le(), length.to_le()];
+    // SAFETY: the command's number says that the kernel reads 24 bytes, which is the size of `words`.
+    unsafe { ioctl(file, Setter::<{ IOCTL_ARM as rustix::ioctl::Opcode }, [u64; 3]>::new(words)) }
+        .map_err(|errno| not_ours(path, errno))
+}
+
+/// Takes `length` bytes at `offset` (multiples of the block size, ending before the end of the file) out of the file at `path`: what lies behind moves down.
+/// Linux passes no such request on, so it is armed, and fired by a hole to the end of the file: the kernel then writes back and drops what it caches
+/// itself. The truncation afterwards tells it the new size.
+///
+/// # Errors
+/// [`Error::Unusable`] if the file is none of ours; the filesystem's: `EINVAL` for other ranges, `EAGAIN` if others change the file's size all the time.
+pub fn collapse_range(path: &Path, offset: u64, length: u64) -> Result<()> {
+    let failed = |errno: rustix::io::Errno| Error::io(format!("collapsing {}", path.display()), errno.into());
+    for _ in 0..ARM_ATTEMPTS {
+        let (file, size) = open_to_change(path)?;
+        if length == 0 || offset.checked_add(length).is_none_or(|end| end >= size) {
+            return Err(failed(rustix::io::Errno::INVAL));
+        }
+        arm(path, &file, ARM_COLLAPSE, offset, length)?;
+        match fallocate(&file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, size - offset) {
+            Err(rustix::io::Errno::AGAIN) => {}
+            Err(errno) => return Err(failed(errno)),
+            Ok(()) => return rustix::fs::ftruncate(&file, size - length).map_err(failed),
+        }
+    }
+    Err(failed(rustix::io::Errno::AGAIN))
+}
+
+/// Makes a hole of `length` bytes at `offset` (multiples of the block size, before the end of the file) in the file at `path`: what lies there and behind
+/// moves up. Fired by a zeroing that makes the file longer; see [`collapse_range`].
+///
+/// # Errors
+/// As there.
+pub fn insert_range(path: &Path, offset: u64, length: u64) -> Result<()> {
+    let failed = |errno: rustix::io::Errno| Error::io(format!("inserting into {}", path.display()), errno.into());
+    for _ in 0..ARM_ATTEMPTS {
+        let (file, size) = open_to_change(path)?;
+        let end = size.checked_add(length).filter(|_| length > 0 && offset < size);
+        let end = end.ok_or_else(|| failed(rustix::io::Errno::INVAL))?;
+        arm(path, &file, ARM_INSERT, offset, length)?;
+        match fallocate(&file, FallocateFlags::ZERO_RANGE, offset, end - offset) {
+            Err(rustix::io::Errno::AGAIN) => {}
+            outcome => return outcome.map_err(failed),
+        }
+    }
+    Err(failed(rustix::io::Errno::AGAIN))
 }
 
 /// What [`shut_down`] does first.

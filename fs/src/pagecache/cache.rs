@@ -17,7 +17,7 @@ use super::reclaim::Reclaim;
 use super::space::AddressSpace;
 use crate::env::{Env, Event};
 use crate::error::{Error, Result};
-use crate::memory::{Budget, FOLIO_BYTES_MAX, MemoryReservation};
+use crate::memory::{Budget, FOLIO_ALIGNMENT, FOLIO_BYTES_MAX, FolioBytes, FolioWriter, MemoryReservation};
 use crate::metrics::Metrics;
 use crate::sync::{LockClass, Mutex, Rank, RankSet, order};
 
@@ -286,6 +286,16 @@ impl Cache {
             self.writeback_wanted.notify();
             None
         })
+    }
+
+    /// Fresh memory for at least `bytes` (at most 1 MiB) that belongs to no file: a direct read's, counted in the budget until its last reference is gone.
+    /// Waits for memory, so no lock is held.
+    ///
+    /// # Errors
+    /// ENOMEM; [`Error::Bug`] for more bytes; what a simulated wait fails with.
+    pub fn fresh_pages(&self, bytes: usize) -> Result<FolioWriter> {
+        let length = bytes.max(FOLIO_ALIGNMENT).next_power_of_two();
+        FolioBytes::allocate(&mut self.reserve_memory(length as u64)?, length)
     }
 
     /// Counts a fill as under way until the returned value is dropped.

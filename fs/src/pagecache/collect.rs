@@ -95,6 +95,22 @@ impl PageBatch {
         }
     }
 
+    /// Adds the bytes `range` of another batch at the end; the same memory is referred to.
+    pub fn extend_from(&mut self, other: &Self, range: std::ops::Range<usize>) {
+        let mut position = 0;
+        for segment in &other.segments {
+            let next = position + segment.bytes().len();
+            let (start, end) = (range.start.max(position), range.end.min(next));
+            if start < end {
+                match segment {
+                    Segment::Bytes(bytes) => self.push(bytes.slice(start - position..end - position)),
+                    Segment::Zeros(_) => self.push_zeros(end - start),
+                }
+            }
+            position = next;
+        }
+    }
+
     /// All bytes, if they lie in one piece: a reply that needs no copy.
     #[must_use]
     pub fn as_single(&self) -> Option<&[u8]> {

@@ -3,13 +3,18 @@
 //! For each folio of the range: lock it, wait until its writeback has *committed*, drop its dirty state, detach it. A folio that straddles an
 //! edge of the range is split: outside of the range nothing changes. Fills are excluded by the guard, so when this returns, nothing of the
 //! range is cached, nothing of it is being written, and nothing can come back before the guard is dropped.
+//!
+//! A direct write drops its blocks only in its commit: until then it [holds](HeldRange) the folios locked and their dirty blocks in runs of its own.
+//! So a commit that fails has lost nothing, and an fsync meanwhile waits for it.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use super::add_lock::BlockGuard;
+use super::folio::LockedFolio;
 use super::space::AddressSpace;
 use super::write::{WriteContext, zero_within_block};
+use super::writeback::{WritebackRun, hold_dirty};
 use crate::error::{Error, Result};
 
 /// What an invalidation dropped.
@@ -62,6 +67,88 @@ pub fn invalidate_range(space: &Arc<AddressSpace>, blocking: &BlockGuard<'_>, ra
     }
     space.bump_sequence();
     Ok(dropped)
+}
+
+/// The folios of a range, locked, with their dirty blocks out of writeback's reach. Dropped, everything is as before.
+#[derive(Debug)]
+#[must_use]
+pub struct HeldRange<'a> {
+    space: &'a Arc<AddressSpace>,
+    blocks: Range<u64>,
+    /// Dirty blocks, as if they were being written. Dropped before the folios are unlocked.
+    runs: Vec<WritebackRun>,
+    folios: Vec<LockedFolio>,
+}
+
+/// Locks the folios of `range` (bytes, multiples of the block size) and takes their dirty blocks, for a commit that replaces all of it. Readers of what
+/// is cached go on; nobody changes it.
+///
+/// # Errors
+/// [`Error::Bug`] for a guard that does not cover the range; what a simulated wait fails with.
+pub fn hold_range<'a>(
+    space: &'a Arc<AddressSpace>,
+    blocking: &BlockGuard<'_>,
+    range: Range<u64>,
+) -> Result<HeldRange<'a>> {
+    if !blocking.covers(space.add_lock(), &range) {
+        return Err(Error::Bug("holding pages outside of the blocked range".into()));
+    }
+    let blocks = space.blocks_of(&range);
+    space.wait_for_writeback(&range)?;
+    let mut held = HeldRange { space, blocks: blocks.clone(), runs: Vec::new(), folios: Vec::new() };
+    let mut at = blocks.start;
+    while at < blocks.end {
+        let found = space.map().load().at_or_after(at).cloned();
+        let Some(folio) = found.filter(|folio| folio.index() < blocks.end) else { break };
+        let locked = folio.lock(space.cache().env(), space)?;
+        if folio.is_detached() {
+            continue;
+        }
+        at = folio.end();
+        held.folios.push(locked);
+    }
+    // Nothing becomes dirty any more. What writeback has taken since is waited for; it needs no folio's lock.
+    held.runs = hold_dirty(space, &blocks)?;
+    Ok(held)
+}
+
+impl HeldRange<'_> {
+    /// Takes the range out of the cache: its extents are replaced, and the inode knows the record that did it.
+    pub fn discard(self) -> Dropped {
+        let mut dropped = Dropped::default();
+        for locked in self.folios {
+            let folio = locked.folio();
+            let inside = folio.index().max(self.blocks.start)..folio.end().min(self.blocks.end);
+            if inside == (folio.index()..folio.end()) {
+                self.space.detach(&locked);
+            } else {
+                self.space.replace(locked, inside, &[]);
+            }
+        }
+        for run in self.runs {
+            dropped.blocks += run.length() / self.space.block_bytes();
+            dropped.units += run.units();
+            run.complete(Ok(()));
+        }
+        dropped
+    }
+
+    /// A part of the extents was replaced before an error: what is dirty stays (its write had succeeded), what is clean goes, as it may be stale.
+    pub fn discard_clean(self) {
+        drop(self.runs);
+        for locked in self.folios {
+            let folio = locked.folio();
+            let inside = folio.index().max(self.blocks.start)..folio.end().min(self.blocks.end);
+            if self.space.is_dirty(&self.space.bytes_of(&inside)) {
+                continue;
+            }
+            if inside == (folio.index()..folio.end()) {
+                self.space.detach(&locked);
+            } else {
+                self.space.replace(locked, inside, &[]);
+            }
+        }
+    }
 }
 
 /// What a punch or a truncate did in the cache.

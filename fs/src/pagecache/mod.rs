@@ -8,8 +8,8 @@
 //! | read hit | none | none: a byte reference | [`read_iter`] |
 //! | fill (miss, readahead, rest of a partly written block) | none | **add** | `insert::fill`, `insert::refill` |
 //! | buffered write | shared inside EOF, exclusive when extending | add where a folio is inserted or filled; a hit locks the folio | [`write()`] |
-//! | truncate, punch, zero-range, collapse, insert, reflink target | exclusive | **block** | [`truncate`], [`punch`], [`invalidate_range`] |
-//! | direct write | as a buffered one | **block**, only to drop the folios and commit | [`invalidate_range`] |
+//! | truncate, punch, zero-range, collapse, insert, reflink target | exclusive | **block** | [`truncate`], [`invalidate_range`] |
+//! | direct write | shared if block-aligned and inside EOF, else exclusive | **block**, only to drop the folios and commit | [`hold_range`] |
 //! | direct read | none | none, by [`AddressSpace::sample_sequence`] | |
 //! | writeback, lseek, extent map | none | none | [`collect_dirty`], [`AddressSpace::unwritten_ranges`] |
 //!
@@ -59,7 +59,7 @@ mod exports {
     pub use super::cache::{Cache, CacheOptions, Spawn, spawn_threads};
     pub use super::collect::{CopySink, PageBatch, ReadSink};
     pub use super::errors::{ErrorCursor, ErrorSequence};
-    pub use super::invalidate::{Dropped, Punched, invalidate_range, punch, truncate};
+    pub use super::invalidate::{Dropped, HeldRange, Punched, hold_range, invalidate_range, punch, truncate};
     pub use super::read::{ReadContext, ReadOutcome, read_iter};
     pub use super::readahead::Readahead;
     pub use super::source::{FillEntry, PageSource, ReadaheadBatch};

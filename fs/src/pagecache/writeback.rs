@@ -190,6 +190,30 @@ pub fn collect_dirty(space: &Arc<AddressSpace>, range: Range<u64>, max_bytes: u6
     taken.into_iter().map(|(blocks, units)| run_of(space, blocks, units)).collect()
 }
 
+/// Takes all dirty blocks of `blocks` into runs without bytes, once no other run covers any of them: for somebody who replaces them. The caller has their
+/// folios locked, so nothing becomes dirty meanwhile.
+pub(super) fn hold_dirty(space: &Arc<AddressSpace>, blocks: &Range<u64>) -> Result<Vec<WritebackRun>> {
+    let taken = space.cache().env().wait(space.written(), || {
+        let mut guard = space.tracking.lock();
+        let tracking = &mut *guard;
+        if tracking.writeback.overlaps(blocks.clone()) {
+            return None;
+        }
+        let taken = tracking.dirty.remove(blocks.clone());
+        for (part, units) in &taken {
+            tracking.writeback.insert_absent(part.clone(), *units);
+        }
+        space.cache().count_collected(super::ranges::blocks_of(&taken));
+        unlist_if_clean(space, tracking);
+        Some(taken)
+    })?;
+    let run = |(blocks, units): (Range<u64>, u32)| {
+        let units = (blocks.end - blocks.start) * u64::from(units);
+        WritebackRun { space: Arc::clone(space), blocks, segments: Vec::new(), units, completed: false }
+    };
+    Ok(taken.into_iter().map(run).collect())
+}
+
 /// The parts of `range` that are not in `ranges`.
 fn without(range: Range<u64>, ranges: &BlockRanges) -> Vec<Range<u64>> {
     let mut parts = Vec::new();

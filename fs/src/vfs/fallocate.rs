@@ -1,4 +1,12 @@
-//! fallocate(2): allocate (with and without growing the file), and punch hole.
+//! fallocate(2): allocate (with and without growing the file), punch hole, zero range, collapse range, insert range.
+//!
+//! All but allocate hold the inode's lock exclusively and, for the change itself, **block** over all blocks that they touch: see
+//! [`super::ranges`]. Each is one transaction, or one logged operation: after a crash it is there whole, edges included, or not at all.
+//!
+//! Linux does not pass collapse and insert on to FUSE daemons. They are library methods ([`Vfs::collapse_range`], [`Vfs::insert_range`]), and
+//! through a mount they are *armed* by an ioctl on the handle, once, and *fired* by a fallocate that the kernel does pass on, so that the kernel itself
+//! takes its inode lock, writes back, and drops its cache: an insert by ZERO_RANGE from its offset to the new end, a collapse by PUNCH_HOLE|KEEP_SIZE from
+//! its offset to the old end, and then ftruncate(2), which tells the kernel the new size.
 
 use rustix::io::Errno;
 
@@ -9,12 +17,28 @@ use super::types::{Caller, SetAttributes};
 use crate::error::{Error, Result};
 use crate::format::namespace::{FileType, Inode};
 use crate::namespace::{FLAG_APPEND, FLAG_IMMUTABLE};
-use crate::pagecache::{self, WriteContext};
 use crate::sync::Arc;
 use crate::units::{round_down, round_up};
 
-const KEEP_SIZE: i32 = 1;
+pub(super) const KEEP_SIZE: i32 = 1;
 const PUNCH_HOLE: i32 = 2;
+const COLLAPSE_RANGE: i32 = 8;
+const ZERO_RANGE: i32 = 16;
+const INSERT_RANGE: i32 = 32;
+
+/// A change that the next fallocate of a handle is to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Armed {
+    Collapse { offset: u64, length: u64 },
+    Insert { offset: u64, length: u64 },
+}
+
+/// Input of the ioctl that arms: what (u64: [`ARM_COLLAPSE`], [`ARM_INSERT`]), offset, length, all little-endian.
+const ARM_BYTES: usize = 24;
+/// See [`super::IOCTL_ARM`].
+pub const ARM_COLLAPSE: u64 = 1;
+/// See [`super::IOCTL_ARM`].
+pub const ARM_INSERT: u64 = 2;
 
 impl Vfs {
     /// fallocate(2); `mode` is its mode.
@@ -39,30 +63,80 @@ impl Vfs {
         if inode.file_type != FileType::Regular {
             return Err(Errno::NODEV.into());
         }
-        if !matches!(mode, 0 | KEEP_SIZE) && mode != KEEP_SIZE | PUNCH_HOLE {
-            return Err(Errno::OPNOTSUPP.into());
-        }
+        // Whatever comes of it: what was armed is meant for this call and for no later one.
+        let armed = handle.armed.lock().take();
         if length == 0 {
             return Err(Errno::INVAL.into());
         }
         let end = offset.checked_add(length).filter(|&end| end <= FILE_BYTES_MAX).ok_or(Error::Posix(Errno::FBIG))?;
-        let lock = inode.lock.write();
-        let flags = inode.state().inode.flags;
-        if flags & FLAG_IMMUTABLE != 0 || (flags & FLAG_APPEND != 0 && mode & PUNCH_HOLE != 0) {
-            return Err(Errno::PERM.into());
+        if let Some(armed) = armed {
+            return self.fire(inode, armed, (offset, end), mode);
         }
+        match mode {
+            0 | KEEP_SIZE | ZERO_RANGE => {}
+            _ if mode == KEEP_SIZE | PUNCH_HOLE || mode == KEEP_SIZE | ZERO_RANGE => {}
+            COLLAPSE_RANGE => return self.collapse_inode(inode, offset, length, None),
+            INSERT_RANGE => return self.insert_inode(inode, offset, length, None),
+            _ => return Err(Errno::OPNOTSUPP.into()),
+        }
+        let lock = inode.lock.write();
+        self.check_range_change(inode, mode & PUNCH_HOLE != 0)?;
         if mode & PUNCH_HOLE != 0 {
             self.punch(inode, offset, end)?;
+        } else if mode & ZERO_RANGE != 0 {
+            self.zero(inode, offset, end, mode & KEEP_SIZE != 0)?;
         } else {
             self.allocate(inode, offset, end, mode)?;
         }
         drop(lock);
-        // The edges of a hole are delayed data.
         if self.is_synchronous() { self.make_durable(inode, true) } else { Ok(()) }
     }
 
+    /// Fails where the content may not be changed. The caller holds the inode lock.
+    pub(super) fn check_range_change(&self, inode: &VfsInode, removes: bool) -> Result<()> {
+        let flags = inode.state().inode.flags;
+        if flags & FLAG_IMMUTABLE != 0 || (flags & FLAG_APPEND != 0 && removes) {
+            return Err(Errno::PERM.into());
+        }
+        Ok(())
+    }
+
+    /// Arms the handle: its next fallocate becomes what `input` says.
+    pub(super) fn arm(&self, node: u64, handle: u64, input: &[u8]) -> Result<()> {
+        self.check_writable()?;
+        let handle = self.handles.get(handle)?;
+        if handle.inode.number.0 != node || !handle.is_writable() {
+            return Err(Errno::BADF.into());
+        }
+        Self::file_of(&handle.inode)?;
+        let input = input.first_chunk::<ARM_BYTES>().ok_or(Error::Posix(Errno::INVAL))?;
+        let mut words = input.chunks_exact(8).map(|word| word.try_into().map_or(0, u64::from_le_bytes));
+        let mut next = || words.next().unwrap_or(0);
+        let (what, offset, length) = (next(), next(), next());
+        let armed = match what {
+            ARM_COLLAPSE => Armed::Collapse { offset, length },
+            ARM_INSERT => Armed::Insert { offset, length },
+            _ => return Err(Errno::INVAL.into()),
+        };
+        *handle.armed.lock() = Some(armed);
+        Ok(())
+    }
+
+    /// The fallocate that was armed for, if it is the one: its range shows the size that the kernel believes in.
+    fn fire(&self, inode: &Arc<VfsInode>, armed: Armed, (start, end): (u64, u64), mode: i32) -> Result<()> {
+        match armed {
+            Armed::Collapse { offset, length } if mode == KEEP_SIZE | PUNCH_HOLE && start == offset => {
+                self.collapse_inode(inode, offset, length, Some(end))
+            }
+            Armed::Insert { offset, length } if mode == ZERO_RANGE && start == offset => {
+                self.insert_inode(inode, offset, length, end.checked_sub(length))
+            }
+            _ => Err(Errno::INVAL.into()),
+        }
+    }
+
     /// Bytes of the range (whole blocks) that neither data nor an earlier fallocate holds.
-    fn missing_bytes(&self, inode: &VfsInode, start: u64, end: u64) -> Result<u64> {
+    pub(super) fn missing_bytes(&self, inode: &VfsInode, start: u64, end: u64) -> Result<u64> {
         let mut data_bytes = 0;
         let mut at = start;
         while let Some(data) = self.data.seek_data(inode.number, at, end)? {
@@ -102,42 +176,6 @@ impl Vfs {
             }
             inode.apply(stored, change.sequence);
             inode.refresh(stored, change.sequence);
-        }
-        Ok(())
-    }
-
-    fn punch(&self, inode: &Arc<VfsInode>, offset: u64, end: u64) -> Result<()> {
-        let file = Self::file_of(inode)?;
-        let block = file.pages.block_bytes();
-        if inode.state().stored_size < inode.size() {
-            // The block that gives the file its size may be among those that are dropped.
-            self.write_back(inode)?;
-        }
-        // Behind the end there is nothing but zeros: a hole that reaches the end takes the whole last block.
-        let end = if end >= inode.size() { round_up(end, block) } else { end };
-        // The edges may have to be zeroed: never refused, since punching gives space back.
-        file.reserved.lock().merge(self.space.reserve_privileged(2 * block));
-        let guard = file.pages.block(round_down(offset, block)..round_up(end, block))?;
-        let context = WriteContext {
-            space: &file.pages,
-            source: &file.source,
-            end_of_file: inode.size(),
-            units_per_block: 1,
-            placed: &|_| {},
-        };
-        let punched = pagecache::punch(&context, &guard, offset, end - offset);
-        self.settle_reservation(inode, punched.as_ref().ok())?;
-        let interior = punched?.interior;
-        self.set_times_in_memory(inode, &SetAttributes::default(), self.env.now(), true);
-        if interior.start < interior.end {
-            let update = |stored: &mut Inode| inode.store_times(stored);
-            let change = self.data.punch(inode.number, interior.start, interior.end, &update)?;
-            if let Some(stored) = &change.inode {
-                inode.refresh(stored, change.sequence);
-            }
-        } else {
-            inode.state().times_ahead = true;
-            self.delay_times(inode);
         }
         Ok(())
     }

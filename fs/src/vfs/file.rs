@@ -39,7 +39,7 @@ impl Vfs {
         }
     }
 
-    fn file_handle(&self, node: u64, handle: u64) -> Result<Arc<Handle>> {
+    pub(super) fn file_handle(&self, node: u64, handle: u64) -> Result<Arc<Handle>> {
         self.check_alive()?;
         let handle = self.handles.get(handle)?;
         if handle.inode.number.0 != node {
@@ -128,6 +128,13 @@ impl Vfs {
     fn read_pages(&self, request: &ReadRequest, may_stop_early: bool) -> Result<PageBatch> {
         let handle = self.file_handle(request.node, request.handle)?;
         let length = u64::from(request.length_bytes);
+        if request.direct {
+            match self.read_direct(&handle, request.offset, length) {
+                // The cache knows what lies before the bad block.
+                Err(_) if may_stop_early => {}
+                outcome => return outcome,
+            }
+        }
         // A truncation during the read may have taken the end away after it was looked at: zeros from behind it are not answered.
         for _ in 0..super::RETRIES {
             let mut batch = PageBatch::new();
@@ -173,7 +180,13 @@ impl Vfs {
 
     /// Promises space for `bytes` at `offset`. Space that fallocate holds there is used where no other is left.
     /// What the kernel has `delayed` lands in the reserve for it.
-    fn reserve_for_write(&self, inode: &VfsInode, at: WriteAt, length: u64, delayed: bool) -> Result<SpaceReservation> {
+    pub(super) fn reserve_for_write(
+        &self,
+        inode: &VfsInode,
+        at: WriteAt,
+        length: u64,
+        delayed: bool,
+    ) -> Result<SpaceReservation> {
         let block = u64::from(self.superblock.geometry.block_bytes);
         let bytes = match at {
             WriteAt::Offset(offset) => round_up(offset + length, block) - round_down(offset, block),
@@ -228,7 +241,12 @@ impl Vfs {
         if !request.from_page_cache && (flags & FLAG_IMMUTABLE != 0 || (flags & FLAG_APPEND != 0 && !is_append)) {
             return Err(Errno::PERM.into());
         }
-        let bytes = self.write_bytes(&inode, at, request.data, request.clear_set_id, request.from_page_cache)?;
+        // What the kernel's page cache has delayed is no direct write, whatever the handle says.
+        let bytes = if request.direct && !request.from_page_cache {
+            self.write_direct(&inode, at, request.data, request.clear_set_id)?
+        } else {
+            self.write_bytes(&inode, at, request.data, request.clear_set_id, request.from_page_cache)?
+        };
         if (request.synchronous && !request.from_page_cache) || flags & FLAG_SYNC != 0 || self.is_synchronous() {
             self.make_durable(&inode, true)?;
         }
@@ -330,7 +348,7 @@ impl Vfs {
     }
 
     /// Takes the bits off that lend rights. The caller holds the inode lock exclusively.
-    fn clear_set_id(&self, inode: &VfsInode) -> Result<()> {
+    pub(super) fn clear_set_id(&self, inode: &VfsInode) -> Result<()> {
         let committed = self.transactions.run(CommitOptions::default(), |transaction| {
             self.namespace.update_inode(transaction, inode.number, |stored| {
                 stored.mode = without_set_id(stored.mode);

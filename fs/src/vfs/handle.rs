@@ -22,6 +22,8 @@ pub(super) struct Handle {
     error_cursor: Mutex<ErrorCursor>,
     /// Its reading habits.
     pub readahead: Readahead,
+    /// What its next fallocate is to be.
+    pub armed: Mutex<Option<super::fallocate::Armed>>,
     is_closed: AtomicBool,
 }
 
@@ -83,6 +85,7 @@ impl Handles {
             flags,
             error_cursor: Mutex::ranked(LockClass::new(Rank::OuterLeaf), error_cursor),
             readahead: Readahead::new(),
+            armed: Mutex::new(None),
             is_closed: AtomicBool::new(false),
         };
         self.open.write().insert(number, Arc::new(handle));

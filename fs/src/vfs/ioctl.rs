@@ -39,6 +39,12 @@ pub const IOCTL_SYNC: u32 = 0xc701;
 /// but each line is whole, and none is missing.
 pub const IOCTL_STATISTICS: u32 = 0xe000_c702;
 
+/// Makes the next fallocate of the handle a collapse or an insert, which Linux does not pass on. `_IOW(0xc7, 16, [u64; 3])`: what
+/// ([`super::ARM_COLLAPSE`], [`super::ARM_INSERT`]), offset, length. A collapse is then fired by `PUNCH_HOLE | KEEP_SIZE` from its offset to the end
+/// of the file, to be followed by an ftruncate to the new size; an insert by `ZERO_RANGE` from its offset to the new end of the file. Any other
+/// fallocate on the handle fails with `EINVAL`, and disarms; so does one whose end is not the file's (`EAGAIN`).
+pub const IOCTL_ARM: u32 = 0x4018_c710;
+
 /// `FS_XFLAG_*` beside the `FS_*_FL` that means the same.
 const EXTENDED_FLAGS: [(u32, u32); 5] =
     [(0x8, FLAG_IMMUTABLE), (0x10, FLAG_APPEND), (0x20, FLAG_SYNC), (0x40, FLAG_NOATIME), (0x80, FLAG_NODUMP)];
@@ -96,6 +102,10 @@ impl Vfs {
             }
             IOCTL_SYNC => {
                 self.sync()?;
+                Ok(answer(Vec::new()))
+            }
+            IOCTL_ARM => {
+                self.arm(request.node, request.handle, request.input)?;
                 Ok(answer(Vec::new()))
             }
             IOCTL_STATISTICS => self.statistics_page(request),

@@ -18,6 +18,7 @@ mod attributes;
 mod caller;
 mod copy;
 mod deletion;
+mod direct;
 mod fallocate;
 mod file;
 mod handle;
@@ -27,6 +28,7 @@ mod ioctl;
 mod landing;
 mod lookup;
 mod names;
+mod ranges;
 mod size;
 mod source;
 mod splice;
@@ -38,7 +40,8 @@ mod xattr;
 use std::time::Duration;
 
 pub use deletion::DeletionWorker;
-pub use ioctl::{IOCTL_STATISTICS, IOCTL_SYNC};
+pub use fallocate::{ARM_COLLAPSE, ARM_INSERT};
+pub use ioctl::{IOCTL_ARM, IOCTL_STATISTICS, IOCTL_SYNC};
 pub use types::*;
 pub use writeback::WritebackWorker;
 
@@ -53,8 +56,8 @@ use crate::namespace::{InodeAllocator, Namespace};
 use crate::pagecache::Cache;
 use crate::snapshot::Snapshots;
 use crate::space::Space;
-use crate::sync::Arc;
 use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::{Arc, LockClass, RwLock};
 use crate::transaction::Transactions;
 use crate::units::SnapshotId;
 
@@ -149,6 +152,8 @@ pub struct Vfs {
     delayed_times: writeback::DelayedTimes,
     deletions: deletion::Deletions,
     landing: landing::Landing,
+    /// Held shared from before dirty blocks are taken out of the cache until the commit that replaces them; a sync takes it. Its place is behind all inodes' locks.
+    replacing: RwLock<()>,
     is_shut_down: AtomicBool,
 }
 
@@ -166,7 +171,7 @@ impl Vfs {
     pub fn new(config: VfsConfig) -> Result<Arc<Self>> {
         let namespace = Namespace::new(&config.superblock, config.snapshots, SnapshotId::ROOT);
         let allocator = InodeAllocator::open(&mut config.transactions.read())?;
-        Ok(Arc::new(Self {
+        let vfs = Arc::new(Self {
             transactions: config.transactions,
             journal: config.journal,
             space: config.space,
@@ -183,8 +188,18 @@ impl Vfs {
             delayed_times: writeback::DelayedTimes::default(),
             deletions: deletion::Deletions::default(),
             landing: landing::Landing::default(),
+            replacing: RwLock::ranked(LockClass::inode(u64::MAX), ()),
             is_shut_down: AtomicBool::new(false),
-        }))
+        });
+        // A direct read that met extents under way looks again.
+        let moved_of = Arc::downgrade(&vfs);
+        vfs.data.set_moved_hook(Box::new(move |inode| {
+            let moved = moved_of.upgrade().and_then(|vfs| vfs.table.get(inode));
+            if let Some(file) = moved.as_ref().and_then(|inode| inode.file.as_ref()) {
+                file.pages.bump_sequence();
+            }
+        }));
+        Ok(vfs)
     }
 
     /// The background jobs: writeback, and the deletion of unlinked files. A filesystem that is only read has none.

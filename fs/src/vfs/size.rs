@@ -42,6 +42,7 @@ impl Vfs {
         let from = size.min(old_size);
         // The last block may have to be zeroed: never refused, since truncation must work on a full filesystem.
         file.reserved.lock().merge(self.space.reserve_privileged(2 * file.pages.block_bytes()));
+        let _replacing = self.replacing.read();
         let guard = file.pages.block(round_down(from, file.pages.block_bytes())..u64::MAX)?;
         let context = WriteContext {
             space: &file.pages,

@@ -14,13 +14,23 @@ impl Vfs {
     pub(super) fn make_durable(&self, inode: &Arc<VfsInode>, data_only: bool) -> Result<()> {
         if !self.options.read_only {
             self.check_writable()?;
-            let outcome = self.write_back(inode);
+            let outcome = self.write_back(inode).and_then(|()| self.wait_for_replacements(inode));
             if !data_only {
                 self.store_delayed_times(inode)?;
             }
             outcome?;
         }
         self.journal.flush(inode.sequence())
+    }
+
+    /// Waits for those who had taken dirty blocks out of the cache, to replace them by a commit, when we looked for dirty blocks: a punch or a
+    /// truncation holds the inode's lock exclusively until it has committed, a direct write keeps them as if they were being written.
+    fn wait_for_replacements(&self, inode: &VfsInode) -> Result<()> {
+        if let Some(file) = &inode.file {
+            file.pages.wait_for_writeback(&(0..u64::MAX))?;
+            drop(inode.lock.read());
+        }
+        Ok(())
     }
 
     /// Makes a file durable; its access time only if not `data_only`.
@@ -82,6 +92,8 @@ impl Vfs {
         if !self.options.read_only {
             self.check_writable()?;
             self.write_back_all()?;
+            // As for one file: those who took dirty blocks out of the cache have committed.
+            drop(self.replacing.write());
         }
         self.journal.flush(self.journal.newest())
     }

@@ -57,6 +57,15 @@ impl Vfs {
         outcome.map(|_| ())
     }
 
+    /// Commits what is dirty of `range` (bytes) now, and waits for what others are committing.
+    pub(super) fn write_back_part(&self, inode: &VfsInode, file: &FilePages, range: &Range<u64>) -> Result<()> {
+        let turn = self.writeback_turn(inode)?;
+        let outcome = self.write_back_range(inode, file, range.clone(), u64::MAX);
+        drop(turn);
+        outcome?;
+        file.pages.wait_for_writeback(range)
+    }
+
     /// Asks for space with `ask`. Where that is refused, what is dirty is written back, file by file, and it is asked again: an overwrite is
     /// promised its whole size, and gives back what it replaces only with its commit. Inode locks may be held.
     ///

@@ -12,8 +12,8 @@ pub(super) fn run(checker: &mut Checker<'_>) -> Result<()> {
     checker.for_each_batch(BtreeId::LoggedOperations, |checker, keys| {
         for (position, value) in keys {
             match LoggedOperation::decode(&value) {
-                Ok(LoggedOperation::Truncate { inode, .. }) => {
-                    checker.state.logged.insert(inode);
+                Ok(operation) => {
+                    checker.state.logged.insert(operation.inode());
                 }
                 Err(error) => checker.undecodable(BtreeId::LoggedOperations, position, &error),
             }

@@ -17,6 +17,17 @@ pub(super) enum FileEvent {
         offset: u64,
         length: u64,
     },
+    Zero {
+        offset: u64,
+        length: u64,
+        keep_size: bool,
+    },
+    /// `removed` bytes at `offset` go, then `inserted` zeros come.
+    Shift {
+        offset: u64,
+        removed: u64,
+        inserted: u64,
+    },
     /// All data so far is durable.
     Synced,
     /// All data so far is durable wherever the operation of this event survived.
@@ -113,7 +124,7 @@ impl Candidates {
         }
     }
 
-    /// Whole blocks of the hole belong to the prefix; its edges, parts of blocks, are data: zeroed or not yet, whatever survived.
+    /// The whole hole belongs to the prefix: its edges, parts of blocks, are then the newest content with zeros.
     fn punch(&mut self, offset: usize, length: usize, survived: bool) {
         let hole_end = offset.saturating_add(length);
         let end = hole_end.min(self.latest.len());
@@ -126,16 +137,29 @@ impl Candidates {
             let start = block * block_bytes;
             let block_end = self.latest.len().min(start + block_bytes);
             let states = self.blocks.entry(block).or_default();
-            if offset <= start && start + block_bytes <= hole_end {
-                if survived {
-                    states.iter_mut().for_each(|state| state.fill(0));
-                }
-            } else {
-                let state = self.latest[start..block_end].to_vec();
-                if !states.contains(&state) {
-                    states.push(state);
-                }
+            if !survived {
+                continue;
             }
+            if offset <= start && start + block_bytes <= hole_end {
+                states.iter_mut().for_each(|state| state.fill(0));
+            } else {
+                *states = vec![self.latest[start..block_end].to_vec()];
+            }
+        }
+    }
+
+    fn zero(&mut self, offset: usize, length: usize, keep_size: bool, survived: bool) {
+        if !keep_size && offset + length > self.latest.len() {
+            self.truncate(offset + length, survived);
+        }
+        self.punch(offset, length, survived);
+    }
+
+    /// What moves was written back before: where the move survived, all that came before it is there.
+    fn shift(&mut self, offset: usize, removed: usize, inserted: usize, survived: bool) {
+        self.latest.splice(offset..offset + removed, std::iter::repeat_n(0, inserted));
+        if survived {
+            self.settle();
         }
     }
 }
@@ -166,6 +190,12 @@ impl FileHistory {
                     candidates.truncate(*size as usize, survived);
                 }
                 FileEvent::Punch { offset, length } => candidates.punch(*offset as usize, *length as usize, survived),
+                FileEvent::Zero { offset, length, keep_size } => {
+                    candidates.zero(*offset as usize, *length as usize, *keep_size, survived);
+                }
+                FileEvent::Shift { offset, removed, inserted } => {
+                    candidates.shift(*offset as usize, *removed as usize, *inserted as usize, survived);
+                }
                 FileEvent::Settled if survived => candidates.settle(),
                 FileEvent::Grow(_) | FileEvent::Settled | FileEvent::Synced => {}
             }

@@ -5,8 +5,8 @@
 //! 1. Namespace and attribute operations survive as a prefix of their history, in order, each whole or not at all; the prefix holds
 //!    at least what was synced ([`Model::acknowledge`]).
 //! 2. File data is, block by block, what the block held at some time since it was last synced (or later); synced data is there.
-//!    Truncation and the whole blocks of holes belong to the prefix: what they removed does not come back once they survived. A hole's
-//!    edges, parts of blocks, are data like any other.
+//!    Truncation, holes and zeroed ranges (edges included), collapse and insert belong to the prefix, each whole: what they removed does not
+//!    come back once they survived, and what a collapse or an insert moved was in the tree before.
 //! 3. The size grows only with the data that made it grow: a block inside the recovered size is never shorter, and never zeros that the
 //!    file did not hold.
 //! 4. A file that was renamed over another name has the data it had at the rename, wherever the rename survived.
@@ -78,6 +78,7 @@ impl Model {
         self.operations = number;
         let mut next = self.namespace().clone();
         let changed = next.apply(operation)?;
+        self.check_shift(operation)?;
         let mut push = |inode: InodeId, event| {
             self.files.entry(inode).or_insert_with(|| FileHistory::new(self.block_bytes)).push(number, event);
         };
@@ -98,6 +99,18 @@ impl Model {
             (Changed::Namespace { inodes, .. }, Operation::Punch { offset, length, .. }) => {
                 inodes.iter().for_each(|&inode| push(inode, FileEvent::Punch { offset: *offset, length: *length }));
             }
+            (Changed::Namespace { inodes, .. }, Operation::Zero { offset, length, keep_size, .. }) => {
+                let (offset, length, keep_size) = (*offset, *length, *keep_size);
+                inodes.iter().for_each(|&inode| push(inode, FileEvent::Zero { offset, length, keep_size }));
+            }
+            (Changed::Namespace { inodes, .. }, Operation::Collapse { offset, length, .. }) => {
+                let event = FileEvent::Shift { offset: *offset, removed: *length, inserted: 0 };
+                inodes.iter().for_each(|&inode| push(inode, event.clone()));
+            }
+            (Changed::Namespace { inodes, .. }, Operation::Insert { offset, length, .. }) => {
+                let event = FileEvent::Shift { offset: *offset, removed: 0, inserted: *length };
+                inodes.iter().for_each(|&inode| push(inode, event.clone()));
+            }
             _ => {}
         }
         if let Changed::Namespace { inodes, replacing } = changed {
@@ -109,6 +122,19 @@ impl Model {
             self.versions.push((number, next));
         }
         Ok(())
+    }
+
+    /// Collapse and insert are for whole blocks inside the file.
+    fn check_shift(&self, operation: &Operation) -> Result<(), Errno> {
+        let (path, end, length) = match operation {
+            Operation::Collapse { path, offset, length } => (path, offset + length, length),
+            Operation::Insert { path, offset, length } => (path, *offset, length),
+            _ => return Ok(()),
+        };
+        let inode = self.namespace().lookup(path)?;
+        let size = self.files.get(&inode).map_or(0, |history| history.latest().len() as u64);
+        let is_whole = end.is_multiple_of(self.block_bytes) && length.is_multiple_of(self.block_bytes);
+        if is_whole && end < size { Ok(()) } else { Err(Errno::INVAL) }
     }
 
     /// The operation, which was begun last, has returned success: what it promises holds from now on.

@@ -251,7 +251,10 @@ impl Namespace {
                 self.file(path)?;
                 Changed::Nothing
             }
-            Operation::Punch { path, length, .. } => match self.file(path)? {
+            Operation::Punch { path, length, .. }
+            | Operation::Zero { path, length, .. }
+            | Operation::Collapse { path, length, .. }
+            | Operation::Insert { path, length, .. } => match self.file(path)? {
                 _ if *length == 0 => return Err(Errno::INVAL),
                 inode => only(inode),
             },

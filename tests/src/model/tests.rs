@@ -170,17 +170,38 @@ fn a_hole_survives_as_part_of_the_prefix() {
     for length in 3..=5 {
         allowed(&model, &tree(&all[..length]));
     }
-    // The edges are data, each old or new for itself; the block between them is not.
+    // The edges are zeroed with the block between them, or not at all.
     let (old, new) = (content(1, 0, 3 * BLOCK), model.tree()["/a"].clone());
     let Kind::File(new) = new.kind else { panic!("{new:?}") };
     let block = BLOCK as usize;
     let mut found = tree(&all);
     set(&mut found, "/a", [&old[..block], &new[block..]].concat());
-    allowed(&model, &found);
+    refused(&model, &found, "holds");
     set(&mut found, "/a", [&new[..2 * block], &old[2 * block..]].concat());
-    allowed(&model, &found);
+    refused(&model, &found, "holds");
     set(&mut found, "/a", old);
     refused(&model, &found, "holds");
+}
+
+#[test]
+fn a_collapse_and_an_insert_survive_whole() {
+    let collapse = Operation::Collapse { path: "/a".into(), offset: BLOCK, length: BLOCK };
+    let insert = Operation::Insert { path: "/a".into(), offset: BLOCK, length: 2 * BLOCK };
+    for shift in [collapse, insert] {
+        let all = [create("/a"), write("/a", 0, 4 * BLOCK + 7, 1), fsync("/a"), shift, create("/b")];
+        let model = run(&all);
+        for length in 3..=5 {
+            allowed(&model, &tree(&all[..length]));
+        }
+        // /b is there, so the shift must be, with all that it moved.
+        let mut found = tree(&all);
+        set(&mut found, "/a", content(1, 0, 4 * BLOCK + 7));
+        refused(&model, &found, "has 16391 bytes");
+        let Kind::File(mut bytes) = model.tree()["/a"].kind.clone() else { panic!("not a file") };
+        bytes[2 * BLOCK as usize..3 * BLOCK as usize].fill(1);
+        set(&mut found, "/a", bytes);
+        refused(&model, &found, "holds");
+    }
 }
 
 #[test]

@@ -3,6 +3,7 @@
 pub mod describe;
 pub mod install;
 pub mod journal;
+pub mod layout;
 pub mod list;
 pub mod mounted;
 pub mod show_super;

@@ -13,6 +13,9 @@ enum Operation {
     TwoRuns { from: u64, gap: u64 },
     Truncate { size: u64 },
     Punch { first: u64, count: u64 },
+    Collapse { first: u64, count: u64 },
+    Insert { first: u64, count: u64 },
+    Zero { first: u64, count: u64 },
     Allocate { from: u64, length: u64 },
     Evacuate { which: usize },
     Delete,
@@ -30,6 +33,9 @@ fn operation() -> impl Strategy<Value = (usize, Operation)> {
         1 => (0..FILE_BYTES_MAX / 2, 4096..100_000_u64).prop_map(|(from, gap)| Operation::TwoRuns { from, gap }),
         3 => prop_oneof![0..FILE_BYTES_MAX, 0..5000_u64].prop_map(|size| Operation::Truncate { size }),
         2 => (0..FILE_BYTES_MAX / BLOCK, 1..80_u64).prop_map(|(first, count)| Operation::Punch { first, count }),
+        2 => (0..FILE_BYTES_MAX / BLOCK, 1..40_u64).prop_map(|(first, count)| Operation::Collapse { first, count }),
+        2 => (0..FILE_BYTES_MAX / BLOCK, 1..40_u64).prop_map(|(first, count)| Operation::Insert { first, count }),
+        1 => (0..FILE_BYTES_MAX / BLOCK, 1..40_u64).prop_map(|(first, count)| Operation::Zero { first, count }),
         2 => (0..FILE_BYTES_MAX, lengths).prop_map(|(from, length)| Operation::Allocate { from, length }),
         3 => any::<usize>().prop_map(|which| Operation::Evacuate { which }),
         1 => Just(Operation::Delete),
@@ -75,6 +81,35 @@ fn apply(stack: &Stack, inode: InodeNumber, content: &mut Vec<u8>, number: usize
             let length = content.len();
             content[length.min(start as usize)..length.min(end as usize)].fill(0);
             stack.data.punch(inode, start, end, &|_| {}).unwrap();
+        }
+        Operation::Collapse { first, count } => {
+            let (start, length) = (first * BLOCK, count * BLOCK);
+            let outcome = stack.data.collapse(inode, start, length, &|_| {});
+            if start + length >= content.len() as u64 {
+                assert!(outcome.is_err());
+            } else {
+                content.drain(start as usize..(start + length) as usize);
+                assert_eq!(outcome.unwrap().inode.unwrap().size, content.len() as u64);
+            }
+        }
+        Operation::Insert { first, count } => {
+            let (start, length) = (first * BLOCK, count * BLOCK);
+            if start >= content.len() as u64 {
+                assert!(stack.data.insert(inode, start, length, &|_| {}).is_err());
+            } else {
+                let change = stack.data.insert(inode, start, length, &|_| {}).unwrap();
+                content.splice(start as usize..start as usize, std::iter::repeat_n(0, length as usize));
+                assert_eq!(change.inode.unwrap().size, content.len() as u64);
+            }
+        }
+        Operation::Zero { first, count } => {
+            let (start, end) = (first * BLOCK, (first + count) * BLOCK);
+            let reservation = stack.space.reserve(end - start).unwrap();
+            let edges = PreparedWrite::empty();
+            stack.data.replace_range(inode, &edges, start..end, RangeFill::Unwritten, &|_| {}).unwrap();
+            drop(reservation);
+            let length = content.len();
+            content[length.min(start as usize)..length.min(end as usize)].fill(0);
         }
         Operation::Allocate { from, length } => {
             let bytes = (from + length).next_multiple_of(BLOCK) - from / BLOCK * BLOCK;

@@ -1,5 +1,8 @@
 //! Single cases of writing, truncating, allocating and deleting.
 
+use std::cell::RefCell;
+use std::rc::Rc;
+
 use super::*;
 use crate::data::range::logged_position;
 use crate::format::namespace::LoggedOperation;
@@ -170,6 +173,79 @@ fn an_interrupted_truncation_is_finished() {
     assert!(stack.data.resume_logged_operation().unwrap());
     assert!(!stack.data.resume_logged_operation().unwrap());
     stack.check(&[(inode, &long[..8192])]);
+}
+
+/// Long changes of ranges, stopped after each of their transactions in turn and resumed: what is there then is whole.
+#[test]
+fn interrupted_changes_of_ranges_are_finished() {
+    type Change = (&'static str, fn(&Data, InodeNumber), fn(&mut Vec<u8>));
+    const AT: u64 = 10 * BLOCK;
+    const LENGTH: u64 = 30 * BLOCK;
+    let changes: [Change; 4] = [
+        (
+            "punch",
+            |data, inode| drop(data.punch(inode, AT, 10 * AT, &|_| {})),
+            |content| content[AT as usize..10 * AT as usize].fill(0),
+        ),
+        (
+            "zero",
+            |data, inode| {
+                let edges = PreparedWrite::empty();
+                drop(data.replace_range(inode, &edges, AT..10 * AT, RangeFill::Unwritten, &|_| {}));
+            },
+            |content| content[AT as usize..10 * AT as usize].fill(0),
+        ),
+        (
+            "collapse",
+            |data, inode| drop(data.collapse(inode, AT, LENGTH, &|_| {})),
+            |content| drop(content.drain(AT as usize..(AT + LENGTH) as usize)),
+        ),
+        (
+            "insert",
+            |data, inode| drop(data.insert(inode, AT, LENGTH, &|_| {})),
+            |content| drop(content.splice(AT as usize..AT as usize, std::iter::repeat_n(0, LENGTH as usize))),
+        ),
+    ];
+    for (name, change, expected) in changes {
+        let stack = Stack::new(plain(), 7);
+        let inode = stack.create(9);
+        // Extents of one block each: written one by one, from the end.
+        let mut content = noise(120 * BLOCK as usize - 100, 1);
+        for index in (0..120).rev() {
+            let start = index * BLOCK;
+            stack.write_runs(inode, &content, &[(start, (start + BLOCK).min(content.len() as u64))]);
+        }
+        let images = Rc::new(RefCell::new(Vec::new()));
+        keep_images(&stack, &images);
+        change(&stack.data, inode);
+        seam::at("never", || {});
+        expected(&mut content);
+        stack.check(&[(inode, &content)]);
+        drop(stack);
+        let images = images.take();
+        assert!(images.len() >= 2, "{name} took {} transactions only", images.len() + 1);
+        for image in images {
+            let sim = SimOptions { discard_mode: DiscardMode::Garbage, ..SimOptions::default() };
+            let stack = Stack::open(Arc::new(SimDevice::from_image(image, sim)), Env::simulated(8));
+            assert_eq!(stack.keys(BtreeId::LoggedOperations), vec![]);
+            stack.check(&[(inode, &content)]);
+        }
+    }
+}
+
+/// At each transaction of a long change but its last: makes all so far durable, and keeps what the medium then holds.
+fn keep_images(stack: &Stack, images: &Rc<RefCell<Vec<crate::device::Image>>>) {
+    let (device, images) = (Arc::clone(&stack.device), Rc::clone(images));
+    let filesystem = Arc::clone(&stack.filesystem);
+    fn arm(device: Arc<SimDevice>, filesystem: Arc<Filesystem>, images: Rc<RefCell<Vec<crate::device::Image>>>) {
+        seam::at("range advanced", move || {
+            let journal = filesystem.transactions().journal();
+            journal.flush(journal.newest()).unwrap();
+            images.borrow_mut().push(device.snapshot().durable().clone());
+            arm(device, filesystem, images);
+        });
+    }
+    arm(device, filesystem, images);
 }
 
 #[test]

@@ -13,6 +13,11 @@ enum Operation {
     Read { offset: u64, length: u32 },
     Truncate { size: u64 },
     Punch { offset: u64, length: u64 },
+    Zero { offset: u64, length: u64, keep_size: bool },
+    Collapse { block: u64, count: u64 },
+    Insert { block: u64, count: u64 },
+    DirectWrite { offset: u64, length: usize, byte: u8 },
+    DirectRead { offset: u64, length: u32 },
     Allocate { offset: u64, length: u64, keep_size: bool },
     Copy { from: u64, to: u64, length: u64 },
     Fsync,
@@ -38,6 +43,13 @@ fn operation() -> impl Strategy<Value = Operation> {
         4 => (offset(), length()).prop_map(|(offset, length)| Operation::Read { offset, length: length as u32 }),
         3 => offset().prop_map(|size| Operation::Truncate { size }),
         3 => (offset(), length()).prop_map(|(offset, length)| Operation::Punch { offset, length }),
+        3 => (offset(), length(), any::<bool>())
+            .prop_map(|(offset, length, keep_size)| Operation::Zero { offset, length, keep_size }),
+        2 => (0..SIZE_MAX / 4096, 1..20_u64).prop_map(|(block, count)| Operation::Collapse { block, count }),
+        2 => (0..SIZE_MAX / 4096, 1..20_u64).prop_map(|(block, count)| Operation::Insert { block, count }),
+        5 => (offset(), length(), any::<u8>())
+            .prop_map(|(offset, length, byte)| Operation::DirectWrite { offset, length: length as usize, byte }),
+        3 => (offset(), length()).prop_map(|(offset, length)| Operation::DirectRead { offset, length: length as u32 }),
         2 => (offset(), length(), any::<bool>())
             .prop_map(|(offset, length, keep_size)| Operation::Allocate { offset, length, keep_size }),
         1 => (offset(), offset(), length()).prop_map(|(from, to, length)| Operation::Copy { from, to, length }),
@@ -123,6 +135,51 @@ fn run(operations: &[Operation], seed: u64) {
                 let start = (*offset as usize).min(content.len());
                 let end = (start + *length as usize).min(content.len());
                 content[start..end].fill(0);
+            }
+            Operation::Zero { offset, length, keep_size } => {
+                let mode = 16 | i32::from(*keep_size);
+                mount.vfs().fallocate(&USER, file.0, file.1, *offset, *length, mode).unwrap();
+                if !keep_size {
+                    content.resize(content.len().max((offset + length) as usize), 0);
+                }
+                let start = (*offset as usize).min(content.len());
+                let end = (start + *length as usize).min(content.len());
+                content[start..end].fill(0);
+            }
+            Operation::Collapse { block, count } => {
+                let (offset, length) = (block * 4096, count * 4096);
+                let outcome = mount.vfs().collapse_range(file.0, file.1, offset, length);
+                if offset + length >= content.len() as u64 {
+                    assert_eq!(errno(outcome), Errno::INVAL);
+                } else {
+                    outcome.unwrap();
+                    content.drain(offset as usize..(offset + length) as usize);
+                }
+            }
+            Operation::Insert { block, count } => {
+                let (offset, length) = (block * 4096, count * 4096);
+                let outcome = mount.vfs().insert_range(file.0, file.1, offset, length);
+                if offset >= content.len() as u64 {
+                    assert_eq!(errno(outcome), Errno::INVAL);
+                } else {
+                    outcome.unwrap();
+                    content.splice(offset as usize..offset as usize, std::iter::repeat_n(0, length as usize));
+                }
+            }
+            Operation::DirectWrite { offset, length, byte } => {
+                let data = pattern(*byte, *length);
+                assert_eq!(mount.vfs().direct_write(&USER, file.0, file.1, *offset, &data).unwrap(), data.len());
+                put(&mut content, *offset, &data);
+            }
+            Operation::DirectRead { offset, length } => {
+                let start = (*offset as usize).min(content.len());
+                let end = (start + *length as usize).min(content.len());
+                let mut buffer = crate::memory::AlignedBuffer::zeroed(*length as usize);
+                let bytes = mount.vfs().direct_read(&USER, file.0, file.1, *offset, &mut buffer).unwrap();
+                assert!(buffer[..bytes] == content[start..end], "{operation:?}");
+                let request =
+                    ReadRequest { node: file.0, handle: file.1, offset: *offset, length_bytes: *length, direct: true };
+                assert!(mount.vfs().read(&USER, &request).unwrap().to_vec() == content[start..end], "{operation:?}");
             }
             Operation::Allocate { offset, length, keep_size } => {
                 mount.vfs().fallocate(&USER, file.0, file.1, *offset, *length, i32::from(*keep_size)).unwrap();

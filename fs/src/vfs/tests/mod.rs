@@ -7,6 +7,7 @@ mod files;
 mod model;
 mod names;
 mod splice;
+mod rules;
 mod threads;
 
 use std::ffi::OsStr;
