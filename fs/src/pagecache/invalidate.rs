@@ -105,7 +105,8 @@ pub fn hold_range<'a>(
             continue;
         }
         at = folio.end();
-        held.folios.push(locked);
+        // From here on it is the commit's, as that of a fill is the fill's: nothing that a commit waits for takes a folio's lock.
+        held.folios.push(locked.hand_to_fill());
     }
     // Nothing becomes dirty any more. What writeback has taken since is waited for; it needs no folio's lock.
     held.runs = hold_dirty(space, &blocks)?;
