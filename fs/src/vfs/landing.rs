@@ -3,23 +3,30 @@
 //! The kernel may hold as much as its dirty limit. So that much is promised to nobody else, and `df` does not show it. A delayed write
 //! that finds no other space takes from it; what was taken is made up for before anyone else is promised space again.
 //!
-//! Locks: its own, a leaf.
+//! Locks: its own, an outer leaf: space is promised under it.
 
 use super::Vfs;
 use crate::error::{Error, Result};
 use crate::space::SpaceReservation;
-use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::{LockClass, Mutex, Rank};
 
 /// The reserve's largest part of a filesystem.
 const SHARE: u64 = 16;
 
 /// See the module's documentation.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Landing {
     /// Bytes to hold; 0 where the kernel delays nothing.
     target_bytes: AtomicU64,
     held: Mutex<Option<SpaceReservation>>,
+}
+
+impl Default for Landing {
+    fn default() -> Self {
+        let held = Mutex::ranked(LockClass::new(Rank::OuterLeaf), None);
+        Self { target_bytes: AtomicU64::new(0), held }
+    }
 }
 
 impl Vfs {
