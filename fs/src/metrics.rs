@@ -95,6 +95,8 @@ counters! {
     pagecache_readahead_batches = "pagecache.readahead_batches",
     pagecache_readahead_folios = "pagecache.readahead_folios",
     pagecache_readahead_used = "pagecache.readahead_used",
+    /// Folios that readahead inserted and that were evicted before anybody read them.
+    pagecache_readahead_wasted = "pagecache.readahead_wasted",
     pagecache_evicted_folios = "pagecache.evicted_folios",
     pagecache_splice_references = "pagecache.splice_references",
     /// Direct reads and writes of files of which nothing was cached.

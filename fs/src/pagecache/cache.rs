@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use super::add_lock::AddLock;
 use super::folio::Folio;
+use super::readahead::Governor;
 use super::reclaim::Reclaim;
 use super::space::AddressSpace;
 use crate::env::{Env, Event};
@@ -52,7 +53,7 @@ impl CacheOptions {
             budget_bytes,
             block_bytes: 4096,
             dirty_limit_bytes: None,
-            readahead_max_bytes: 4 << 20,
+            readahead_max_bytes: 16 << 20,
             spawn: None,
             fault_add_lock_excludes_nobody: false,
         }
@@ -79,6 +80,7 @@ pub struct Cache {
     block_shift: u32,
     folio_blocks_max: u32,
     readahead_blocks_max: u64,
+    governor: Governor,
     dirty_limit_blocks: u64,
     spawn: Option<Spawn>,
     add_lock_excludes: bool,
@@ -139,6 +141,7 @@ impl Cache {
             block_shift: block.trailing_zeros(),
             folio_blocks_max: u32::try_from(folio_bytes / block).unwrap_or(1),
             readahead_blocks_max: (options.readahead_max_bytes.min(options.budget_bytes / 8) / block).max(1),
+            governor: Governor::default(),
             dirty_limit_blocks: (dirty_limit / block).max(1),
             spawn: options.spawn,
             add_lock_excludes: !options.fault_add_lock_excludes_nobody,
@@ -185,8 +188,15 @@ impl Cache {
         self.folio_blocks_max
     }
 
-    pub(super) fn readahead_blocks_max(&self) -> u64 {
-        self.readahead_blocks_max
+    /// The longest readahead window now, in blocks: what the device is worth, less under memory pressure.
+    pub(super) fn readahead_window_blocks(&self) -> u64 {
+        let (used, wasted) = (&self.metrics.pagecache_readahead_used, &self.metrics.pagecache_readahead_wasted);
+        let bytes_max = self.readahead_blocks_max << self.block_shift;
+        (self.governor.window_bytes(bytes_max, used.get(), wasted.get()) >> self.block_shift).max(1)
+    }
+
+    pub(super) fn governor(&self) -> &Governor {
+        &self.governor
     }
 
     /// The most blocks that one step of a read or a write asks memory for.

@@ -294,6 +294,11 @@ impl Folio {
         false
     }
 
+    /// Whether readahead had guessed it and nobody has read it.
+    pub(super) fn is_unread_guess(&self) -> bool {
+        self.state.load(Ordering::Relaxed) & (UNREAD | AHEAD) == UNREAD | AHEAD
+    }
+
     fn parts(&self, blocks: &Range<u32>) -> u64 {
         let per_part = self.blocks.div_ceil(64);
         let first = blocks.start / per_part;

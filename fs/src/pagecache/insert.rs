@@ -213,7 +213,10 @@ fn submit(
     for entry in &entries {
         space.cache().enqueue(entry.folio());
     }
+    let bytes = entries.iter().map(FillEntry::length).sum();
+    let start = space.cache().env().monotonic();
     source.read_batch(ReadaheadBatch::new(permit, entries));
+    space.cache().governor().observe(bytes, space.cache().env().monotonic().saturating_sub(start));
     Ok(error.lock().take())
 }
 

@@ -171,7 +171,7 @@ fn end_block(context: &ReadContext<'_>) -> u64 {
 
 fn limits(context: &ReadContext<'_>) -> Limits {
     let cache = context.space.cache();
-    let window_max = cache.readahead_blocks_max();
+    let window_max = cache.readahead_window_blocks();
     Limits {
         window_min: (WINDOW_MIN_BYTES / cache.block_bytes()).clamp(1, window_max),
         window_max,

@@ -4,8 +4,13 @@
 //! one is read); a hit elsewhere asks nothing. It tells up to [`STREAMS_MAX`] streams of one open file apart, so interleaved readers
 //! do not disturb each other. A stream is sequential (tolerant of reordering inside a window, since the kernel's READs arrive on several
 //! threads), backward, or strided. Windows double up to the limit; their ends are aligned, so that long streams get the largest folios.
+//!
+//! The limit is what the device makes worth while ([`DeviceWorth`]), and less while memory is so short that folios are evicted before
+//! anybody has read them ([`Governor`]).
 
 use std::ops::Range;
+
+use std::time::Duration;
 
 use smallvec::SmallVec;
 
@@ -306,6 +311,106 @@ impl Readahead {
 
     pub(super) fn decide(&self, access: &Access, limits: &Limits) -> Decision {
         self.0.lock().decide(access, limits)
+    }
+}
+
+/// A window is worth while until the device's latency is this part of its time.
+const LATENCY_PART: f64 = 8.0;
+/// How much a batch counts when the next one has been measured.
+const AGEING: f64 = 15.0 / 16.0;
+/// Batches, aged, that a measurement needs.
+const BATCHES_MIN: f64 = 3.0;
+/// The longest window before anything was measured, in bytes. No measurement makes it shorter: what is read ahead on other threads
+/// costs these threads' wake-ups, too, which a batch does not show.
+const WINDOW_BYTES_MIN: u64 = 4 << 20;
+
+/// What a longer window is worth on this device, from the batches that were read: the fit of *time = latency + bytes / bandwidth*, in which
+/// older batches count less. A function of what it was told, of nothing else.
+#[derive(Clone, Debug, Default)]
+pub struct DeviceWorth {
+    count: f64,
+    bytes: f64,
+    seconds: f64,
+    bytes_squared: f64,
+    bytes_seconds: f64,
+    window_bytes: Option<f64>,
+}
+
+impl DeviceWorth {
+    /// A batch of `bytes` took `time`. One that took none (in simulation the clock stands still) says nothing.
+    #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+    pub fn observe(&mut self, bytes: u64, time: Duration) {
+        if time.is_zero() || bytes == 0 {
+            return;
+        }
+        let (bytes, seconds) = (bytes as f64, time.as_secs_f64());
+        for (sum, term) in [
+            (&mut self.count, 1.0),
+            (&mut self.bytes, bytes),
+            (&mut self.seconds, seconds),
+            (&mut self.bytes_squared, bytes * bytes),
+            (&mut self.bytes_seconds, bytes * seconds),
+        ] {
+            *sum = *sum * AGEING + term;
+        }
+        let mean = self.bytes / self.count;
+        let variance = self.bytes_squared / self.count - mean * mean;
+        // Batches of one length do not tell latency from bandwidth: the last estimate stays.
+        if self.count < BATCHES_MIN || variance < mean * mean / 100.0 {
+            return;
+        }
+        let covariance = self.bytes_seconds / self.count - mean * self.seconds / self.count;
+        let seconds_per_byte = (covariance / variance).max(0.0);
+        let latency = (self.seconds / self.count - seconds_per_byte * mean).max(0.0);
+        // Where longer batches take no longer, the longest is best.
+        let worth = (LATENCY_PART * latency / seconds_per_byte.max(1e-15)).min(1e12);
+        self.window_bytes = Some(self.window_bytes.map_or(worth, |before| (before + worth) / 2.0));
+    }
+
+    /// The longest window that is worth while, in bytes, if that is known.
+    #[must_use]
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "positive, and at most 1e12")]
+    pub fn window_bytes(&self) -> Option<u64> {
+        self.window_bytes.map(|bytes| bytes as u64)
+    }
+}
+
+/// How often the longest window is halved under memory pressure, at most.
+const PRESSURE_MAX: u32 = 5;
+/// Guesses that must have come true, with none evicted unread, before the windows double again.
+const USED_FOR_RELIEF: u64 = 16;
+
+#[derive(Debug, Default)]
+struct Governed {
+    worth: DeviceWorth,
+    pressure: u32,
+    used_seen: u64,
+    wasted_seen: u64,
+}
+
+/// How long windows may be now, for all files of a cache. Its lock is taken for a batch that was read, and for a decision.
+#[derive(Debug, Default)]
+pub(super) struct Governor(Mutex<Governed>);
+
+impl Governor {
+    /// See [`DeviceWorth::observe`].
+    pub(super) fn observe(&self, bytes: u64, time: Duration) {
+        self.0.lock().worth.observe(bytes, time);
+    }
+
+    /// The longest window in bytes, at most `bytes_max`. `used` and `wasted` count the folios that were read ahead and then read, or evicted
+    /// before anybody read them.
+    pub(super) fn window_bytes(&self, bytes_max: u64, used: u64, wasted: u64) -> u64 {
+        let mut governed = self.0.lock();
+        if wasted > governed.wasted_seen {
+            governed.pressure = (governed.pressure + 1).min(PRESSURE_MAX);
+            (governed.wasted_seen, governed.used_seen) = (wasted, used);
+        } else if governed.pressure > 0 && used.saturating_sub(governed.used_seen) >= USED_FOR_RELIEF {
+            governed.pressure -= 1;
+            governed.used_seen = used;
+        }
+        let window = governed.worth.window_bytes().unwrap_or(0).max(WINDOW_BYTES_MIN).min(bytes_max);
+        window >> governed.pressure
     }
 }
 

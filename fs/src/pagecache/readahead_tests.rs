@@ -171,6 +171,59 @@ fn reordering_inside_a_window_does_not_break_a_stream() {
     assert!(cache.batches <= 200 * 128 / 1024 + 20, "{}", cache.batches);
 }
 
+/// What batches of these lengths teach about a device of this latency and bandwidth.
+fn worth(latency_us: u64, bytes_per_us: u64, lengths: &[u64]) -> Option<u64> {
+    let mut worth = DeviceWorth::default();
+    for &bytes in lengths {
+        worth.observe(bytes, Duration::from_micros(latency_us + bytes / bytes_per_us));
+    }
+    worth.window_bytes()
+}
+
+const DOUBLING: [u64; 7] = [128 << 10, 256 << 10, 512 << 10, 1 << 20, 2 << 20, 4 << 20, 4 << 20];
+
+#[test]
+fn a_window_is_worth_eight_times_what_latency_costs() {
+    // A disk: 8 ms, 200 MB/s. A fast one: 80 us, 2 GB/s.
+    for (latency_us, bytes_per_us) in [(8000, 200), (80, 2000)] {
+        let found = worth(latency_us, bytes_per_us, &DOUBLING).unwrap();
+        let expected = 8 * latency_us * bytes_per_us;
+        assert!(found.abs_diff(expected) < expected / 10, "{found}, not {expected}");
+    }
+}
+
+#[test]
+fn what_teaches_nothing_changes_nothing() {
+    assert_eq!(worth(80, 2000, &[]), None);
+    assert_eq!(worth(80, 2000, &[1 << 20; 100]), None, "one length tells nothing of latency");
+    assert_eq!(worth(80, 2000, &DOUBLING[..2]), None, "two batches are not enough");
+    let mut still = DeviceWorth::default();
+    DOUBLING.iter().for_each(|&bytes| still.observe(bytes, Duration::ZERO));
+    assert_eq!(still.window_bytes(), None, "a clock that stands still");
+    let known = worth(80, 2000, &DOUBLING).unwrap();
+    let later = worth(80, 2000, &[DOUBLING.as_slice(), &[4 << 20; 200]].concat()).unwrap();
+    assert!(known.abs_diff(later) < known / 5, "{known} {later}: equal lengths forget nothing");
+}
+
+#[test]
+fn the_governor_keeps_to_its_bounds_and_gives_way() {
+    let governor = Governor::default();
+    assert_eq!(governor.window_bytes(16 << 20, 0, 0), 4 << 20, "nothing is known yet");
+    assert_eq!(governor.window_bytes(1 << 20, 0, 0), 1 << 20);
+    for bytes in DOUBLING {
+        governor.observe(bytes, Duration::from_micros(8000 + bytes / 200));
+    }
+    assert!(governor.window_bytes(16 << 20, 0, 0) > 11 << 20);
+    assert_eq!(governor.window_bytes(8 << 20, 0, 0), 8 << 20);
+    // Folios that are evicted unread halve the window, again and again, to a bound; what is used brings it back.
+    let windows: Vec<u64> = (1..9).map(|wasted| governor.window_bytes(8 << 20, 100, wasted)).collect();
+    assert_eq!(windows[..5], [4 << 20, 2 << 20, 1 << 20, 512 << 10, 256 << 10]);
+    assert_eq!(windows[5..], [256 << 10; 3]);
+    assert_eq!(governor.window_bytes(8 << 20, 110, 8), 256 << 10, "too early");
+    let back: Vec<u64> = (1..7).map(|step| governor.window_bytes(8 << 20, 100 + 16 * step, 8)).collect();
+    assert_eq!(back, [512 << 10, 1 << 20, 2 << 20, 4 << 20, 8 << 20, 8 << 20]);
+}
+
 proptest::proptest! {
     /// Whatever the accesses, what is decided lies inside the file and the limits, and decides nothing impossible.
     #[test]

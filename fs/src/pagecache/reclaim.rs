@@ -166,6 +166,9 @@ impl Reclaim {
                 Eviction::Evicted => {
                     self.leave_shadow(&folio);
                     metrics.pagecache_evicted_folios.increment();
+                    if folio.is_unread_guess() {
+                        metrics.pagecache_readahead_wasted.increment();
+                    }
                     return true;
                 }
                 Eviction::Busy => {

@@ -41,7 +41,7 @@ impl Vfs {
     /// Whole pages are not copied: the pipe refers to the cache's own memory.
     ///
     /// # Errors
-    /// If nothing went in: `EAGAIN`, `EPIPE` (and SIGPIPE, as write(2) does), `EINTR`; `EINVAL` if it is no pipe and `EBADF` if it is not
+    /// If nothing went in: `EAGAIN`, `EPIPE` (and SIGPIPE, as write(2) does); `EINVAL` if it is no pipe and `EBADF` if it is not
     /// open for writing, or the handle is none of the node; `EISDIR`, `EINVAL` for other than files; `EIO`.
     pub fn splice_read(
         &self,
