@@ -56,9 +56,8 @@ pub(super) fn apply(old: Bucket, change: &BucketChange) -> Result<BucketOutcome,
 }
 
 fn count(old: Bucket, change: &BucketChange) -> Result<BucketOutcome, Refusal> {
-    if let Some(expected) = change.expected_generation
-        && expected != old.generation
-    {
+    let mut expected = [change.expected_generation, change.newer_generation].into_iter().flatten();
+    if let Some(expected) = expected.find(|expected| *expected != old.generation) {
         return Err(Refusal::OtherGeneration { expected, actual: old.generation });
     }
     if matches!(old.state, BucketState::Metadata | BucketState::Reserved) {

@@ -15,8 +15,11 @@ use crate::format::space::{Bucket, BucketState, FreeBucket};
 pub struct BucketChange {
     /// Change of the bytes that extents are charged with.
     pub charged_delta: i64,
-    /// Generation that a new pointer was made for; a bucket with another one makes the commit fail.
+    /// Generation that a new pointer was made for; a bucket with another one makes the commit fail. Of several pointers the oldest.
     pub expected_generation: Option<u32>,
+    /// The newest generation of several pointers, if it is not the oldest too: the bucket was emptied while the body ran. No bucket has both, so the
+    /// commit fails.
+    pub newer_generation: Option<u32>,
     /// A state that is set as such: a claim for nodes, the end of a discard.
     pub to_state: Option<BucketState>,
     /// With `to_state` [`BucketState::Free`]: whether the host was told.
@@ -27,9 +30,13 @@ impl BucketChange {
     /// Both changes as one.
     #[must_use]
     pub fn merged(self, later: Self) -> Self {
+        let generations =
+            [self, later].into_iter().flat_map(|change| [change.expected_generation, change.newer_generation]);
+        let oldest = generations.clone().flatten().min();
         Self {
             charged_delta: self.charged_delta + later.charged_delta,
-            expected_generation: later.expected_generation.or(self.expected_generation),
+            expected_generation: oldest,
+            newer_generation: generations.flatten().max().filter(|newest| Some(*newest) != oldest),
             to_state: later.to_state.or(self.to_state),
             discarded: self.discarded || later.discarded,
         }

@@ -44,20 +44,61 @@ enum Attempt {
 }
 
 pub(super) fn commit(mut transaction: Transaction<'_>, options: CommitOptions) -> Result<JournalSequence> {
-    if !options.raw {
-        run_triggers(&mut transaction)?;
+    if !options.raw
+        && let Err(error) = run_triggers(&mut transaction)
+    {
+        return Err(believe(&transaction, error));
     }
     let Transaction { transactions, updates, reads, accounting, buckets, hooks, .. } = transaction;
     let buckets: Vec<_> = buckets.into_iter().filter(|(_, change)| !change.is_nothing()).collect();
     let staged = Staged { transactions, updates, reads, accounting, buckets };
     if staged.updates.is_empty() && staged.buckets.is_empty() && staged.accounting.iter().all(|(_, delta)| *delta == 0)
     {
+        // One read is consistent in itself.
+        if staged.reads.len() > 1 {
+            check_reads(staged.transactions, &staged.reads)?;
+        }
         return Ok(JournalSequence(0));
     }
     let (sequence, bucket_updates) = staged.commit(options)?;
     transactions.metrics.transaction_commits.increment();
     finish(transactions, sequence, bucket_updates, hooks);
     Ok(sequence)
+}
+
+/// An error of a body or of a trigger: [`Error::Restart`] instead of it if what was read is no longer so. Then the error may come from a mixture of
+/// states that never was; the next run sees what is there. Waits for a few leaves, and reads them if they were evicted.
+pub(super) fn believe(transaction: &Transaction<'_>, error: Error) -> Error {
+    match check_reads(transaction.transactions, &transaction.reads) {
+        Err(Error::Restart) => Error::Restart,
+        _ => error,
+    }
+}
+
+/// [`Error::Restart`] if what was read is no longer so.
+fn check_reads(transactions: &Transactions, reads: &[ReadRecord]) -> Result<()> {
+    let mut targets = read_targets(reads).collect();
+    let leaves = transactions.forest.lock_leaves(&mut targets)?;
+    validate(reads, &leaves)
+}
+
+fn read_targets(reads: &[ReadRecord]) -> impl Iterator<Item = LeafTarget> {
+    reads.iter().map(|read| LeafTarget { btree: read.btree, position: read.from, write: false })
+}
+
+/// Everything that was read must still be so.
+fn validate(reads: &[ReadRecord], leaves: &LockedLeaves<'_>) -> Result<()> {
+    for read in reads {
+        let unchanged = if read.from == read.to {
+            leaves.get(read.btree, read.from).as_ref() == read.observed.first().map(|(_, value)| value)
+        } else {
+            leaves.range(read.btree, read.from, read.to).is_some_and(|now| now.as_slice() == read.observed.as_slice())
+        };
+        if !unchanged {
+            return Err(Error::Restart);
+        }
+    }
+    Ok(())
 }
 
 fn finish(transactions: &Transactions, sequence: JournalSequence, buckets: Vec<BucketUpdate>, hooks: Vec<Hook<'_>>) {
@@ -132,11 +173,7 @@ impl Staged<'_> {
     /// Everything read and written, with the index keys that the buckets' present values say will change.
     fn targets(&self) -> Result<Vec<LeafTarget>> {
         let mut targets = Vec::with_capacity(self.updates.len() + self.reads.len() + 3 * self.buckets.len());
-        targets.extend(self.reads.iter().map(|read| LeafTarget {
-            btree: read.btree,
-            position: read.from,
-            write: false,
-        }));
+        targets.extend(read_targets(&self.reads));
         targets.extend(self.updates.keys().map(|&(btree, position)| LeafTarget { btree, position, write: true }));
         for (key, change) in &self.buckets {
             let position = bucket_position(*key);
@@ -167,7 +204,7 @@ impl Staged<'_> {
         leaves: &mut LockedLeaves<'_>,
         options: CommitOptions,
     ) -> Result<Attempt> {
-        self.validate(leaves)?;
+        validate(&self.reads, leaves)?;
         let Some(buckets) = self.buckets_under_lock(targets, leaves)? else { return Ok(Attempt::PredictAgain) };
         let mut updates = self.updates.clone();
         let mut accounting = self.accounting.clone();
@@ -198,23 +235,6 @@ impl Staged<'_> {
         }
         self.transactions.journal.append(reservation, payload, entry_count, &accounting, options.data_needs_flush);
         Ok(Attempt::Done(sequence, buckets))
-    }
-
-    /// Everything that was read must still be so.
-    fn validate(&self, leaves: &LockedLeaves<'_>) -> Result<()> {
-        for read in &self.reads {
-            let unchanged = if read.from == read.to {
-                leaves.get(read.btree, read.from).as_ref() == read.observed.first().map(|(_, value)| value)
-            } else {
-                leaves
-                    .range(read.btree, read.from, read.to)
-                    .is_some_and(|now| now.as_slice() == read.observed.as_slice())
-            };
-            if !unchanged {
-                return Err(Error::Restart);
-            }
-        }
-        Ok(())
     }
 
     /// Final values of the buckets; `None` if one needs an index leaf that is not locked.

@@ -5,6 +5,7 @@
 //!
 //! ```text
 //! body ends -> triggers stage what follows from its changes (bucket counts, backpointers, accounting)
+//!           -> an error of either counts only if everything read is still so (else the body runs again)
 //!           -> wait for room (dirty node bytes), no locks held
 //!           -> lock the leaves of everything read and written, in (tree, position) order
 //!           -> check that everything read is still so           (else unlock; the body runs again)
@@ -21,6 +22,8 @@
 //!    transactions on different leaves never wait for each other.
 //! 3. What was read (keys, and ranges found empty) is the same at the commit as it was in the body: transactions are serialisable.
 //!    Validation compares contents, so a neighbour's change in the same leaf costs a comparison and not a restart.
+//!    That holds for errors too: a body may have read a mixture of states, so its error is believed only if what it read is still there.
+//!    And for transactions that change nothing.
 //! 4. The order of reservations is the order of application for any two transactions that touch the same key.
 //!
 //! This is Kung and Robinson's backward validation ("On Optimistic Methods for Concurrency Control", 1981) with key ranges
@@ -186,7 +189,8 @@ impl Transactions {
         &self.journal
     }
 
-    /// A transaction that only reads: each key or range is consistent in itself, the whole is not validated.
+    /// A transaction that only reads: each key, and each [`Transaction::next`] and [`Transaction::previous`], is consistent in itself, also where it
+    /// looks through several leaves; a longer range leaf by leaf. The whole is not validated.
     #[must_use]
     pub fn read(&self) -> Transaction<'_> {
         Transaction::new(self, false)
@@ -206,8 +210,10 @@ impl Transactions {
         loop {
             self.env.maybe_yield(4)?;
             let mut transaction = Transaction::new(self, true);
-            let outcome = body(&mut transaction)
-                .and_then(|value| commit::commit(transaction, options).map(|sequence| (value, sequence)));
+            let outcome = match body(&mut transaction) {
+                Ok(value) => commit::commit(transaction, options).map(|sequence| (value, sequence)),
+                Err(error) => Err(commit::believe(&transaction, error)),
+            };
             match outcome {
                 Ok((value, sequence)) => return Ok(Committed { value, sequence }),
                 Err(Error::Restart) => {
@@ -269,7 +275,14 @@ impl<'a> Transaction<'a> {
     /// # Errors
     /// The device's, or damage.
     pub fn next(&mut self, btree: BtreeId, from: Position, to: Position) -> Result<Option<(Position, Value)>> {
-        Ok(self.range(btree, from, to, 1)?.pop())
+        loop {
+            let mut scans = Scans::default();
+            let found = self.scan(btree, from, to, 1, &mut scans)?.pop();
+            if scans.are_one_state(&self.transactions.forest, btree)? {
+                return Ok(found);
+            }
+            self.transactions.metrics.transaction_restarts.increment();
+        }
     }
 
     /// The first `limit` keys in `[from, to]`, ascending.
@@ -283,6 +296,17 @@ impl<'a> Transaction<'a> {
         to: Position,
         limit: usize,
     ) -> Result<Vec<(Position, Value)>> {
+        self.scan(btree, from, to, limit, &mut Scans::default())
+    }
+
+    fn scan(
+        &mut self,
+        btree: BtreeId,
+        from: Position,
+        to: Position,
+        limit: usize,
+        scans: &mut Scans,
+    ) -> Result<Vec<(Position, Value)>> {
         let mut found = Vec::new();
         let mut cursor = from;
         while cursor <= to && found.len() < limit {
@@ -293,7 +317,9 @@ impl<'a> Transaction<'a> {
             let covered_to = scan.covered_to.min(to);
             let staged = self.updates.range((btree, cursor)..=(btree, covered_to));
             merge(&scan.keys, staged.map(|((_, position), value)| (*position, value)), &mut found, false);
-            self.record(btree, cursor, covered_to, scan.keys);
+            self.record(scans, btree, cursor, covered_to, scan.keys);
+            #[cfg(test)]
+            tests::seam::reach();
             match covered_to.successor() {
                 Some(next) => cursor = next,
                 None => break,
@@ -308,6 +334,23 @@ impl<'a> Transaction<'a> {
     /// # Errors
     /// The device's, or damage.
     pub fn previous(&mut self, btree: BtreeId, from: Position, to: Position) -> Result<Option<(Position, Value)>> {
+        loop {
+            let mut scans = Scans::default();
+            let found = self.scan_back(btree, from, to, &mut scans)?;
+            if scans.are_one_state(&self.transactions.forest, btree)? {
+                return Ok(found);
+            }
+            self.transactions.metrics.transaction_restarts.increment();
+        }
+    }
+
+    fn scan_back(
+        &mut self,
+        btree: BtreeId,
+        from: Position,
+        to: Position,
+        scans: &mut Scans,
+    ) -> Result<Option<(Position, Value)>> {
         let mut cursor = from;
         while cursor >= to {
             let hidden = self.updates.range((btree, to)..=(btree, cursor)).filter(|(_, value)| value.is_none()).count();
@@ -318,10 +361,12 @@ impl<'a> Transaction<'a> {
             merge(&scan.keys, staged.map(|((_, position), value)| (*position, value)), &mut found, true);
             let mut keys = scan.keys;
             keys.reverse();
-            self.record(btree, covered_to, cursor, keys);
+            self.record(scans, btree, covered_to, cursor, keys);
             if let Some(first) = found.into_iter().next() {
                 return Ok(Some(first));
             }
+            #[cfg(test)]
+            tests::seam::reach();
             match covered_to.predecessor() {
                 Some(next) => cursor = next,
                 None => break,
@@ -330,9 +375,18 @@ impl<'a> Transaction<'a> {
         Ok(None)
     }
 
-    fn record(&mut self, btree: BtreeId, from: Position, to: Position, keys: Vec<(Position, Value)>) {
+    fn record(
+        &mut self,
+        scans: &mut Scans,
+        btree: BtreeId,
+        from: Position,
+        to: Position,
+        keys: Vec<(Position, Value)>,
+    ) {
         if self.validate {
             self.reads.push(ReadRecord { btree, from, to, observed: keys.into_iter().collect() });
+        } else {
+            scans.done.push((from, to, keys));
         }
     }
 
@@ -369,6 +423,40 @@ impl<'a> Transaction<'a> {
     #[must_use]
     pub fn update_count(&self) -> usize {
         self.updates.len()
+    }
+}
+
+/// The scans of one query that nobody validates later: leaf by leaf, at different moments.
+#[derive(Default)]
+struct Scans {
+    /// What `[from, to]` held, in the order in which it was looked at.
+    done: Vec<(Position, Position, Vec<(Position, Value)>)>,
+}
+
+impl Scans {
+    /// Whether all leaves together were like that at one moment, that of the last scan: keys that move between leaves in one
+    /// transaction would else be seen in both, or in none.
+    fn are_one_state(&self, forest: &Forest, btree: BtreeId) -> Result<bool> {
+        let Some((_, earlier)) = self.done.split_last() else { return Ok(true) };
+        for (from, to, keys) in earlier {
+            let mut at = *from;
+            let mut seen = keys.as_slice();
+            loop {
+                let scan = forest.scan(btree, at, *to, seen.len() + 1)?;
+                let Some(rest) = seen.get(scan.keys.len()..).filter(|_| seen.starts_with(&scan.keys)) else {
+                    return Ok(false);
+                };
+                seen = rest;
+                match scan.covered_to.successor().filter(|next| next <= to) {
+                    Some(next) => at = next,
+                    None => break,
+                }
+            }
+            if !seen.is_empty() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 }
 

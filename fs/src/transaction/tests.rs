@@ -124,6 +124,135 @@ fn a_range_that_was_read_is_validated() {
     assert!(committed.sequence > JournalSequence(0));
 }
 
+/// What a body read may be a mixture of two states; an error that follows from it must not reach the caller.
+#[test]
+fn an_error_from_a_mixture_of_states_is_not_believed() {
+    let transactions = transactions();
+    let put_both = |value: u8| {
+        transactions
+            .run(CommitOptions::default(), |transaction| {
+                transaction.put(TREE, at(1), vec![value]);
+                transaction.put(TREE, at(2), vec![value]);
+                Ok(())
+            })
+            .unwrap();
+    };
+    put_both(1);
+    let mut runs = 0;
+    let committed = transactions.run(CommitOptions::default(), |transaction| {
+        runs += 1;
+        let first = transaction.get(TREE, at(1))?;
+        if runs == 1 {
+            put_both(2);
+        }
+        if first != transaction.get(TREE, at(2))? {
+            return Err(Error::corrupt("a pair", "its halves differ"));
+        }
+        transaction.put(TREE, at(3), vec![7]);
+        Ok(())
+    });
+    assert!(committed.is_ok(), "{committed:?}");
+    assert_eq!(runs, 2);
+
+    // What is there to be seen by everybody is believed at once.
+    let mut runs = 0;
+    let refused = transactions.run(CommitOptions::default(), |transaction| {
+        runs += 1;
+        transaction.get(TREE, at(1))?;
+        Err::<(), _>(Error::corrupt("a pair", "it is wrong"))
+    });
+    assert!(matches!(refused, Err(Error::Corrupt(_))));
+    assert_eq!(runs, 1);
+}
+
+/// A transaction that changes nothing is one moment too.
+#[test]
+fn a_result_without_changes_is_validated() {
+    let transactions = transactions();
+    let mut runs = 0;
+    let committed = transactions
+        .run(CommitOptions::default(), |transaction| {
+            runs += 1;
+            let first = number(transaction.get(TREE, at(1))?);
+            if runs == 1 {
+                transactions.run(CommitOptions::default(), |other| {
+                    other.put(TREE, at(1), 1_u64.to_le_bytes().to_vec());
+                    other.put(TREE, at(2), 1_u64.to_le_bytes().to_vec());
+                    Ok(())
+                })?;
+            }
+            Ok((first, number(transaction.get(TREE, at(2))?)))
+        })
+        .unwrap();
+    assert_eq!((committed.value, runs), ((1, 1), 2));
+}
+
+/// A moment in the middle of a look through several leaves, where a test lets something happen.
+pub mod seam {
+    use std::cell::RefCell;
+
+    thread_local! {
+        static HOOK: RefCell<Option<Box<dyn FnOnce()>>> = const { RefCell::new(None) };
+    }
+
+    /// Runs `hook` once, when this thread next goes from one leaf to the next.
+    pub fn between_leaves(hook: impl FnOnce() + 'static) {
+        HOOK.set(Some(Box::new(hook)));
+    }
+
+    pub fn reach() {
+        if let Some(hook) = HOOK.take() {
+            hook();
+        }
+    }
+}
+
+/// One of two keys in different leaves is there at any moment; a reader who looks for the first of them must find one, though it looks
+/// at the leaves one after the other. Extents that are split by copygc, or by a write into their middle, move like that.
+#[test]
+fn a_key_that_moves_to_another_leaf_is_never_missed() {
+    let transactions = transactions();
+    // Enough to make several leaves, of which those between the two keys are then emptied.
+    for chunk in 0..80_u64 {
+        transactions
+            .run(CommitOptions::default(), |transaction| {
+                (0..10).for_each(|index| transaction.put(TREE, at(1000 + chunk * 10 + index), vec![0; 150]));
+                Ok(())
+            })
+            .unwrap();
+    }
+    let (low, high) = (at(1300), at(1500));
+    for inode in 1300..=1500_u64 {
+        transactions
+            .run(CommitOptions::default(), |transaction| {
+                transaction.delete(TREE, at(inode));
+                Ok(())
+            })
+            .unwrap();
+    }
+    let leaf_end = transactions.forest().scan(TREE, low, high, 1).unwrap().covered_to;
+    assert!(leaf_end < high, "they lie in different leaves");
+    let moves = |put: Position, delete: Position| {
+        let transactions = Arc::clone(&transactions);
+        move || {
+            transactions
+                .run(CommitOptions::default(), |transaction| {
+                    transaction.put(TREE, put, vec![1]);
+                    transaction.delete(TREE, delete);
+                    Ok(())
+                })
+                .unwrap();
+        }
+    };
+    moves(high, low)();
+    seam::between_leaves(moves(low, high));
+    let found = transactions.read().next(TREE, low, high).unwrap();
+    assert_eq!(found.map(|(position, _)| position), Some(low));
+    seam::between_leaves(moves(high, low));
+    let found = transactions.read().previous(TREE, high, low).unwrap();
+    assert_eq!(found.map(|(position, _)| position), Some(high));
+}
+
 #[test]
 fn a_neighbours_change_in_the_same_leaf_is_no_conflict() {
     let transactions = transactions();

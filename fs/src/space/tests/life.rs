@@ -175,6 +175,44 @@ fn a_bucket_that_empties_while_open_goes_on_in_its_next_generation() {
 }
 
 #[test]
+fn pointers_of_two_generations_never_meet_in_one_transaction() {
+    let fixture = Fixture::new(Env::real(), TestSwitches::default());
+    fixture.write(1, 0).unwrap();
+    let waiting: Vec<_> =
+        (0..2).map(|_| fixture.allocate(WritePoint::User(1), BLOCK, Watermark::Normal).unwrap()).collect();
+    let key = (waiting[0].device, waiting[0].bucket);
+    for in_order in [true, false] {
+        let mut runs = 0;
+        fixture
+            .transactions
+            .run(CommitOptions::data(), |transaction| {
+                runs += 1;
+                let mut pointers = vec![pointer(transaction, &waiting[0], 0)];
+                if runs == 1 {
+                    // Another transaction empties the bucket between the two.
+                    fixture.delete(if in_order { 1 } else { 2 }, 0).unwrap();
+                    if !in_order {
+                        fixture.delete(3, 0).unwrap();
+                    }
+                }
+                pointers.push(pointer(transaction, &waiting[1], 0));
+                for (inode, pointer) in (2..).zip(pointers) {
+                    // In the order of the keys, the younger generation is staged first or last.
+                    let inode = if in_order { inode } else { 5 - inode };
+                    let position = Position::new(inode, BLOCK_BYTES, SnapshotId::ROOT.0);
+                    transaction.put(BtreeId::Extents, position, raw(BLOCK, pointer, 7).encode());
+                }
+                Ok(())
+            })
+            .unwrap();
+        assert_eq!(runs, 2);
+        let bucket = fixture.space.bucket(key).unwrap();
+        assert_eq!(bucket.charged_bytes, 2 * BLOCK_BYTES);
+        fixture.check();
+    }
+}
+
+#[test]
 fn node_buckets_lie_in_both_halves_and_come_back() {
     let fixture = Fixture::simulated(4, TestSwitches::default());
     let half = fixture.superblock.members[0].bucket_count / 2;
