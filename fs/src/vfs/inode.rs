@@ -250,7 +250,8 @@ impl VfsInode {
 
     pub fn try_writeback_turn(&self) -> Option<WritebackTurn<'_>> {
         let taken = self.writeback_busy.compare_exchange(false, true, Ordering::AcqRel, Ordering::Relaxed);
-        taken.is_ok().then_some(WritebackTurn(self))
+        // Not `then_some`: a turn that is made and dropped gives somebody else's back.
+        taken.is_ok().then(|| WritebackTurn(self))
     }
 
     pub fn writeback_event(&self) -> &Event {
