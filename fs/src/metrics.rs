@@ -66,6 +66,8 @@ counters! {
     transaction_checkpoint_waits = "transaction.checkpoint_waits",
     /// The longest time that a commit waited for a lock that a checkpoint held, in microseconds.
     transaction_lock_wait_max_us = "transaction.lock_wait_max_us",
+    /// The longest time that a commit waited for room: for a checkpoint to clean nodes or to free the journal, in microseconds.
+    transaction_room_wait_max_us = "transaction.room_wait_max_us",
     btree_node_reads = "btree.node_reads",
     btree_node_read_repaired = "btree.node_read_repaired",
     btree_bset_appends = "btree.bset_appends",

@@ -209,6 +209,14 @@ impl Allocator {
         SpaceReservation::admit(&self.counters, &self.reserves, bytes)
     }
 
+    /// Promises `bytes` of unwritten space.
+    ///
+    /// # Errors
+    /// [`crate::Error::NoSpace`].
+    pub fn reserve_unwritten(&self, bytes: u64) -> Result<SpaceReservation> {
+        SpaceReservation::admit_unwritten(&self.counters, &self.reserves, bytes)
+    }
+
     /// Promises the space of `key_bytes` of keys.
     ///
     /// # Errors

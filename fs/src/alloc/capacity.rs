@@ -1,7 +1,15 @@
 //! How many bytes may be promised: the reserves, the counters, and what `df` shows.
 //!
-//! `df` is honest because the worst case is subtracted before, not after: what is called available can be written as
-//! scattered single blocks, with the metadata that takes, while the reserves stay whole.
+//! A promise of data holds the worst case of its own metadata until it commits; then what the trees really grew by is counted, at once.
+//! So what `df` calls available is what can be written to one large file, nothing is put aside for what nobody writes, and many small files
+//! make it sink faster than their bytes. Space that fallocate holds is counted with the metadata of the day when it is written block by block.
+//!
+//! The reserves, in numbers:
+//! - *Nodes*: (kept checkpoints + 1) x the cap on dirty nodes x copies, and the nodes of a wave of splits.
+//! - *Copygc*: buckets that only it (and nodes) may open, and as many and more that are never promised: the tails of open buckets, and room
+//!   for copygc to find something to gain.
+//! - *The journal*: an eighth of the ring is for what two checkpoints log. A checkpoint logs a statement of D, one record that frees emptied
+//!   buckets, the claims of buckets for its nodes, one release. The cap on dirty nodes is such that the claims fit.
 
 use crate::sync::atomic::{AtomicI64, Ordering};
 
@@ -17,8 +25,50 @@ const CHECKPOINTS_HELD: u64 = 3;
 const DIRTY_NODE_BYTES_MAX: u64 = 64 << 20;
 /// Fewest dirty nodes that transactions can work with.
 const DIRTY_NODES_MIN: u64 = 24;
+/// The same on a device that is too small for so many.
+const DIRTY_NODES_LEAST: u64 = 8;
+/// Part of the device that dirty nodes may take, where that is between the bounds.
+const DIRTY_SHARE: u64 = 192;
 /// Nodes that one wave of splits may need at once.
 const SPLIT_NODES: u64 = 8;
+/// Packed bytes of keys that a write of any number of neighbouring blocks may add, but for their checksums: it leaves two pieces of what was
+/// there and one new extent, each with a backpointer; and the keys of a bucket.
+const RANGE_KEY_BYTES: u64 = 448;
+/// Packed bytes for each of its blocks: the checksum, and its share of an extent for each 128 KiB.
+const BLOCK_KEY_BYTES: u64 = 12;
+/// Bytes of a block of the journal, which records are rounded up to.
+const JOURNAL_BLOCK_BYTES: u64 = 4096;
+/// Records that a checkpoint logs beside its claims: a statement, what frees emptied buckets, a release; the claims may waste a part of one more.
+const CHECKPOINT_FIXED_RECORDS: u64 = 3;
+/// Bytes of the journal that the claim of a bucket takes at most: the bucket's key, and a whiteout in the free-space tree, with some to spare.
+const CLAIM_LOG_BYTES: u64 = 128;
+
+/// Blocks of a journal of `blocks` blocks that only checkpoints may fill, for what two of them log: two, since the first may free nothing.
+#[must_use]
+pub const fn checkpoint_blocks(blocks: u64) -> u64 {
+    if blocks / 8 > 2 { blocks / 8 } else { 2 }
+}
+
+/// Buckets that one checkpoint may claim, so that the claims fit its share of the journal.
+fn claims_max(superblock: &Superblock) -> u64 {
+    let ring_buckets = superblock.layout.journal.first().map_or(0, |range| range.count);
+    let blocks = ring_buckets.saturating_mul(u64::from(superblock.geometry.bucket_bytes)) / JOURNAL_BLOCK_BYTES;
+    let each = (checkpoint_blocks(blocks) / 2).saturating_sub(CHECKPOINT_FIXED_RECORDS);
+    each * (JOURNAL_BLOCK_BYTES / CLAIM_LOG_BYTES)
+}
+
+/// The most dirty nodes whose images one checkpoint can claim slots for: it claims an eighth and eight nodes more than it knows to need.
+fn dirty_nodes_for_claims(superblock: &Superblock) -> u64 {
+    let geometry = superblock.geometry;
+    let bucket_slots = u64::from(geometry.bucket_bytes / geometry.node_bytes.max(1)).max(1);
+    let nodes = claims_max(superblock) * bucket_slots / u64::from(geometry.metadata_replicas).max(1);
+    nodes.saturating_sub(8) / 9 * 8
+}
+
+/// Most buckets that are copygc's alone.
+const COPYGC_BUCKETS_MAX: u64 = 1024;
+/// Nodes that `df` leaves room for.
+const HEADROOM_NODES: u64 = 6;
 
 /// A device's buckets that belong to fixed areas, as ascending, disjoint ranges `[first, end)`.
 #[must_use]
@@ -59,11 +109,12 @@ pub struct Reserves {
     pub dirty_node_bytes_max: u64,
     /// Buckets that only B-tree nodes may take: (kept checkpoints + 1) x the cap x copies, and splits.
     pub metadata_buckets: u64,
-    /// Buckets that only copygc (and nodes) may take. As many again are never promised, so that full buckets have some slack.
+    /// Buckets that only copygc (and nodes) may take. Never promised.
     pub copygc_buckets: u64,
-    /// Metadata that a promise of data includes, in 64ths of the data: five for each copy of the metadata. Single blocks in ascending order
-    /// are the worst: an extent, its checksum and a backpointer each, in nodes that are split in the middle and never filled again.
-    pub overhead_64ths: u64,
+    /// Further buckets that are never promised: full ones have some slack.
+    pub slack_buckets: u64,
+    /// Bytes of a node.
+    pub node_bytes: u64,
     /// Copies of the metadata.
     pub metadata_copies: u64,
 }
@@ -84,31 +135,64 @@ impl Reserves {
             })
             .sum();
         let usable_bytes = usable_buckets.saturating_mul(bucket_bytes);
-        let dirty_node_bytes_max = (usable_bytes / 96).min(DIRTY_NODE_BYTES_MAX).max(DIRTY_NODES_MIN * node_bytes);
+        // At most a quarter of the device is for nodes that nobody sees.
+        let fitting =
+            (usable_bytes / 4 / copies.max(1) / node_bytes.max(1)).saturating_sub(SPLIT_NODES) / CHECKPOINTS_HELD;
+        let dirty_nodes = ((usable_bytes / DIRTY_SHARE).min(DIRTY_NODE_BYTES_MAX) / node_bytes.max(1))
+            .max(DIRTY_NODES_MIN)
+            .min(fitting)
+            .min(dirty_nodes_for_claims(superblock))
+            .max(DIRTY_NODES_LEAST);
+        let dirty_node_bytes_max = dirty_nodes * node_bytes;
         let metadata_bytes = (CHECKPOINTS_HELD * dirty_node_bytes_max + SPLIT_NODES * node_bytes) * copies;
         Self {
             bucket_bytes,
             block_bytes: u64::from(geometry.block_bytes).max(1),
             usable_buckets,
             dirty_node_bytes_max,
-            metadata_buckets: (metadata_bytes.div_ceil(bucket_bytes) + 2 * copies).min(usable_buckets / 4),
-            copygc_buckets: (usable_buckets / 50).max(4).min(usable_buckets / 8),
-            overhead_64ths: 5 * copies,
+            metadata_buckets: metadata_bytes.div_ceil(bucket_bytes) + 2 * copies,
+            copygc_buckets: (usable_buckets / 128).clamp(4, COPYGC_BUCKETS_MAX),
+            slack_buckets: (usable_buckets / 64).max(8),
+            node_bytes,
             metadata_copies: copies,
         }
+    }
+
+    /// Whether a device with these reserves is of any use.
+    #[must_use]
+    pub fn leaves_room(&self) -> bool {
+        self.capacity_bytes() >= self.usable_buckets.saturating_mul(self.bucket_bytes) / 2
     }
 
     /// Bytes that data, its metadata and promises may take together.
     #[must_use]
     pub fn capacity_bytes(&self) -> u64 {
-        (self.usable_buckets.saturating_sub(self.metadata_buckets + 2 * self.copygc_buckets))
+        self.usable_buckets
+            .saturating_sub(self.metadata_buckets + self.copygc_buckets + self.slack_buckets)
             .saturating_mul(self.bucket_bytes)
     }
 
-    /// Metadata that writing `bytes` of data may need at worst: single blocks, each with an extent and a backpointer in half-full nodes.
+    /// Node bytes that a promise of `bytes` of neighbouring data holds until it commits: the worst case.
     #[must_use]
     pub fn overhead_bytes(&self, bytes: u64) -> u64 {
-        bytes.div_ceil(64).saturating_mul(self.overhead_64ths)
+        if bytes == 0 {
+            return 0;
+        }
+        let blocks = bytes.div_ceil(self.block_bytes);
+        self.metadata_overhead_bytes(RANGE_KEY_BYTES + blocks.saturating_mul(BLOCK_KEY_BYTES))
+    }
+
+    /// Node bytes that `bytes` of unwritten space may come to, block by block: an extent, its checksum and a backpointer each, in nodes that are
+    /// split in the middle and never filled again: five 64ths of the data for each copy.
+    #[must_use]
+    pub fn unwritten_overhead_bytes(&self, bytes: u64) -> u64 {
+        bytes.div_ceil(64).saturating_mul(5 * self.metadata_copies)
+    }
+
+    /// What `df` leaves out: the first splits of a few trees come at once, and the last write needs the worst case.
+    #[must_use]
+    pub fn headroom_bytes(&self) -> u64 {
+        HEADROOM_NODES * self.node_bytes * self.metadata_copies + self.overhead_bytes(self.block_bytes)
     }
 
     /// Node space that `key_bytes` of packed keys may need at worst: nodes filled to three eighths, in all copies.
@@ -117,13 +201,12 @@ impl Reserves {
         key_bytes.saturating_mul(8 * self.metadata_copies) / 3
     }
 
-    /// The most data, in whole blocks, that fits `bytes` with its overhead.
+    /// The most neighbouring data, in whole blocks, that fits `bytes` with its overhead.
     #[must_use]
     pub fn data_within(&self, bytes: u64) -> u64 {
-        let blocks = bytes / self.block_bytes;
-        let per_block = self.block_bytes + self.overhead_bytes(self.block_bytes);
-        // A block is a multiple of 64 bytes, so the overhead of many blocks is exactly that of one, times their number.
-        (bytes / per_block).min(blocks) * self.block_bytes
+        let bytes = bytes.saturating_sub(self.metadata_overhead_bytes(RANGE_KEY_BYTES + BLOCK_KEY_BYTES));
+        let per_block = self.block_bytes + self.metadata_overhead_bytes(BLOCK_KEY_BYTES);
+        bytes / per_block * self.block_bytes
     }
 
     /// Bytes of [`Self::metadata_buckets`].
@@ -205,6 +288,7 @@ impl Counters {
         let metadata = self.metadata_beyond_reserve(reserves);
         // Unwritten space is read before data, for the same reason: a write turns the one into the other.
         let unwritten = self.unwritten_bytes.load(Ordering::SeqCst);
+        let unwritten = unwritten.saturating_add(signed(reserves.unwritten_overhead_bytes(unsigned(unwritten))));
         let data = self.data_bytes.load(Ordering::SeqCst);
         reserved.saturating_add(metadata).saturating_add(unwritten).saturating_add(data)
     }
@@ -242,7 +326,7 @@ impl Counters {
         Usage {
             total_bytes: reserves.capacity_bytes(),
             free_bytes,
-            available_bytes: reserves.data_within(free_bytes),
+            available_bytes: reserves.data_within(free_bytes.saturating_sub(reserves.headroom_bytes())),
             data_bytes: unsigned(self.data_bytes.load(Ordering::SeqCst)),
             unwritten_bytes: unsigned(self.unwritten_bytes.load(Ordering::SeqCst)),
             node_bytes: unsigned(self.node_bytes.load(Ordering::SeqCst)),
@@ -266,8 +350,8 @@ pub struct Usage {
     pub total_bytes: u64,
     /// Bytes neither used nor promised. `f_bfree`.
     pub free_bytes: u64,
-    /// Bytes of data that can be written now, metadata for the worst case put aside. `f_bavail`. A multiple of the block size:
-    /// a reservation of exactly this succeeds, one of a block more does not.
+    /// Bytes of data that can be written now to one file, with its metadata. `f_bavail`. A multiple of the block size; a reservation of this
+    /// succeeds.
     pub available_bytes: u64,
     /// Bytes on disk that extents are charged with.
     pub data_bytes: u64,

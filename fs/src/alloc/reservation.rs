@@ -21,7 +21,20 @@ impl SpaceReservation {
     /// [`Error::NoSpace`] if they are not there.
     pub(super) fn admit(counters: &Arc<Counters>, reserves: &Reserves, bytes: u64) -> Result<Self> {
         let bytes = whole_blocks(reserves, bytes);
-        let overhead_bytes = reserves.overhead_bytes(bytes);
+        Self::admit_with(counters, reserves, bytes, reserves.overhead_bytes(bytes))
+    }
+
+    /// Promises `bytes` of unwritten space, rounded up to blocks, with what writing it block by block will take.
+    ///
+    /// # Errors
+    /// [`Error::NoSpace`] if they are not there.
+    pub(super) fn admit_unwritten(counters: &Arc<Counters>, reserves: &Reserves, bytes: u64) -> Result<Self> {
+        let bytes = whole_blocks(reserves, bytes);
+        let overhead_bytes = reserves.overhead_bytes(bytes).max(reserves.unwritten_overhead_bytes(bytes));
+        Self::admit_with(counters, reserves, bytes, overhead_bytes)
+    }
+
+    fn admit_with(counters: &Arc<Counters>, reserves: &Reserves, bytes: u64, overhead_bytes: u64) -> Result<Self> {
         if counters.admit(reserves, bytes.saturating_add(overhead_bytes)) {
             Ok(Self { counters: Arc::clone(counters), bytes, overhead_bytes })
         } else {

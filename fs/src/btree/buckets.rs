@@ -1,4 +1,4 @@
-//! Buckets for nodes: where they come from, claiming enough of them before a checkpoint, giving back what is left over.
+//! Buckets for nodes: where they come from, claiming enough of them before a checkpoint.
 //!
 //! No lock is held while a claim or a release runs its transaction.
 
@@ -10,9 +10,6 @@ use crate::format::Position;
 use crate::sync::Arc;
 use crate::sync::atomic::Ordering;
 use crate::units::{BucketIndex, DeviceIndex, JournalSequence};
-
-/// From this fill of the journal on no buckets are given back.
-const GIVE_BACK_FILL_PERMILLE: u32 = 500;
 
 /// Where buckets for nodes come from. The calls run a journalled transaction each, and hold no node lock when they are made.
 pub trait NodeBuckets: Send + Sync {
@@ -78,27 +75,6 @@ impl Forest {
                 space.add_bucket(device, bucket);
             }
         }
-    }
-
-    /// Gives a few buckets back if many slots are free. Not while the journal is filling up: that is for what must be logged.
-    pub(super) fn give_back_surplus(&self, needed: usize, log: &dyn CheckpointLog) -> Result<()> {
-        let Some(node_buckets) = self.node_buckets.get() else { return Ok(()) };
-        if log.fill_permille() >= GIVE_BACK_FILL_PERMILLE {
-            return Ok(());
-        }
-        let surplus = {
-            let mut space = self.space.lock();
-            let keep = needed * 2 + space.used_slots() / 2 + 4 * space.bucket_slots();
-            let surplus = space.surplus(keep, 8);
-            for &(device, bucket) in &surplus {
-                space.forget_bucket(device, bucket)?;
-            }
-            surplus
-        };
-        if !surplus.is_empty() {
-            node_buckets.release(&surplus)?;
-        }
-        Ok(())
     }
 
     /// The journal, replayed, says that a bucket is, or is no longer, for nodes.

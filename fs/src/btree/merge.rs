@@ -15,6 +15,10 @@ use crate::sync::atomic::Ordering;
 
 /// Most merges by one checkpoint.
 const MERGES_MAX: usize = 512;
+/// Merges that one checkpoint makes whatever is dirty.
+const MERGES_MIN: usize = 4;
+/// From so much of the cap on dirty nodes on it makes no more: they make nodes dirty, and the reserve is for the cap.
+const MERGE_DIRTY_PERMILLE: u64 = 500;
 
 impl Forest {
     /// Remembers a node that has shrunk, once until it is looked at. Its content is locked by the caller.
@@ -27,7 +31,10 @@ impl Forest {
 
     /// Merges what has become small since the last time.
     pub(super) fn merge_small_nodes(&self) -> Result<()> {
-        for _ in 0..MERGES_MAX {
+        for merges in 0..MERGES_MAX {
+            if merges >= MERGES_MIN && self.dirty_permille() >= MERGE_DIRTY_PERMILLE {
+                break;
+            }
             // Leaves first: what that makes of their parents is seen in the same go.
             let Some((level, btree, minimum)) = self.small_nodes.lock().pop_first() else { break };
             match self.merge_small((level, btree, minimum)).and_then(|()| self.collapse_root(btree)) {

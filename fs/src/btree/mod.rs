@@ -17,6 +17,7 @@ mod area;
 mod buckets;
 mod cache;
 mod checkpoint;
+mod compact;
 mod descent;
 mod image;
 mod locking;
@@ -45,7 +46,7 @@ use crate::format::node::NodePointer;
 use crate::format::superblock::Superblock;
 use crate::format::{BtreeId, Position, Value};
 use crate::metrics::Metrics;
-use crate::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering};
 use crate::sync::{Arc, LockClass, Mutex, Rank, RwLock};
 #[cfg(test)]
 use crate::units::JournalSequence;
@@ -171,6 +172,11 @@ pub struct Forest {
     kept: Mutex<Kept>,
     checkpoint_running: AtomicBool,
     checkpoint_requested: AtomicBool,
+    /// Another checkpoint would make node space free, or begin to.
+    reclaim_pending: AtomicBool,
+    reclaim_idle_rounds: AtomicU32,
+    /// The last checkpoint failed for lack of space.
+    checkpoint_lacked_space: AtomicBool,
     checkpoints_done: AtomicU64,
     /// Notified when a checkpoint ends or is asked for.
     checkpoint_event: Event,
@@ -227,6 +233,9 @@ impl Forest {
             kept: Mutex::new(Kept::new(opening, map)),
             checkpoint_running: AtomicBool::new(false),
             checkpoint_requested: AtomicBool::new(false),
+            reclaim_pending: AtomicBool::new(false),
+            reclaim_idle_rounds: AtomicU32::new(0),
+            checkpoint_lacked_space: AtomicBool::new(false),
             checkpoints_done: AtomicU64::new(0),
             checkpoint_event: Event::new(),
             failure: Mutex::new(None),

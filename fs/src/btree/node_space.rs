@@ -196,6 +196,37 @@ impl NodeSpace {
         self.buckets.values().map(|slots| slots.newest.count_ones() as usize).sum()
     }
 
+    /// Slots of all buckets.
+    pub fn claimed_slots(&self) -> usize {
+        self.buckets.len() * self.bucket_slots()
+    }
+
+    /// Whether there are slots that only the checkpoint before the newest uses: the next one frees them.
+    pub fn is_aging(&self) -> bool {
+        self.buckets.values().any(|slots| slots.previous & !slots.newest != 0)
+    }
+
+    /// Nodes of the newest checkpoint that would move down if they were written whole: at most `count` of their slots, from the uppermost buckets of each half
+    /// that have a free slot below them.
+    pub fn movable(&self, count: usize) -> Vec<NodeAddress> {
+        let mut found = Vec::new();
+        for half in [false, true] {
+            let Some(lowest) = self.first_free(|key| self.half(key) == half) else { continue };
+            let above = self.buckets.range(lowest..).rev().filter(|(key, slots)| {
+                **key != lowest && self.half(**key) == half && slots.newest != 0 && slots.newest != self.mask()
+            });
+            let slots = above.flat_map(|(key, slots)| {
+                let used = (0..self.slots_per_bucket()).filter(move |slot| slots.newest & 1 << slot != 0);
+                used.map(move |slot| NodeAddress {
+                    device: DeviceIndex(key.0),
+                    offset: key.1 * self.bucket_bytes + u64::from(slot) * self.node_bytes,
+                })
+            });
+            found.extend(slots.take(count / 2));
+        }
+        found
+    }
+
     /// Slots of a bucket.
     pub fn bucket_slots(&self) -> usize {
         self.slots_per_bucket() as usize

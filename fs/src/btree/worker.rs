@@ -11,7 +11,8 @@ use crate::sync::atomic::Ordering;
 use crate::sync::{Arc, Mutex};
 
 impl Forest {
-    /// A worker that makes checkpoints: when asked, when the journal is 40% full, and every `interval`.
+    /// A worker that makes checkpoints: when asked, when the journal is 40% full, when it gives node space back, and every
+    /// `interval`.
     pub fn checkpoint_worker(self: &Arc<Self>, log: Arc<dyn CheckpointLog>, interval: Duration) -> Arc<dyn Worker> {
         let forest = Arc::downgrade(self);
         log.on_pressure(Box::new(move || {
@@ -34,6 +35,8 @@ struct CheckpointWorker {
 
 /// How full the journal may get before a checkpoint starts.
 const JOURNAL_FILL_PERMILLE: u32 = 400;
+/// Shortest time between two checkpoints that are made to give node space back.
+const RECLAIM_INTERVAL: Duration = Duration::from_secs(1);
 /// How often the journal's fill is looked at.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -60,6 +63,9 @@ impl Worker for CheckpointWorker {
         let overdue = env.monotonic().saturating_sub(*self.last.lock()) >= self.interval;
         let asked = forest.checkpoint_requested.load(Ordering::Relaxed)
             || (self.log.fill_permille() >= JOURNAL_FILL_PERMILLE && self.would_free_journal());
+        let since = env.monotonic().saturating_sub(*self.last.lock());
+        let reclaims = since >= RECLAIM_INTERVAL.min(self.interval) && forest.wants_reclaim();
+        let asked = asked || reclaims;
         let due = asked || (overdue && forest.dirty_count.load(Ordering::Relaxed) > 0);
         if !due || !forest.try_begin() {
             return Ok(idle);

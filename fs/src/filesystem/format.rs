@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use crate::alloc::Reserves;
 use crate::device::{BlockDevice, WriteRequest};
 use crate::env::Env;
 use crate::error::{Error, Result};
@@ -92,6 +93,12 @@ pub fn plan(options: &FormatOptions, size_bytes: u64) -> Result<Superblock> {
         errors: ErrorCounts::default(),
         unknown_sections: Vec::new(),
     };
+    if !Reserves::of(&superblock).leaves_room() {
+        return Err(Error::Unusable(format!(
+            "the device is too small: what nodes of {} bytes need takes more than half of it; use a smaller --node-size",
+            options.geometry.node_bytes
+        )));
+    }
     // What mount would refuse is refused here, by the same check.
     Superblock::decode(&superblock.encode()?)
 }

@@ -214,4 +214,6 @@ mod tests;
 #[cfg(all(test, not(loom)))]
 mod tests_fill;
 #[cfg(all(test, not(loom)))]
+mod tests_measure;
+#[cfg(all(test, not(loom)))]
 mod tests_pressure;

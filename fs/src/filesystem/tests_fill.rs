@@ -11,6 +11,7 @@ use super::format::test_geometry;
 use super::*;
 use crate::device::MemDevice;
 use crate::error::Error;
+use crate::format::superblock::Geometry;
 use crate::sync::Mutex;
 use crate::vfs::{Caller, Vfs, WriteRequest};
 
@@ -223,6 +224,141 @@ fn a_small_image_is_filled_emptied_and_refilled_without_a_hang() {
             assert_eq!(filesystem.usage().data_bytes, 0);
         }
         assert_eq!(filesystem.latched(), None);
+        filesystem.close().unwrap();
+    });
+}
+
+/// What mkfs chooses for small devices.
+fn usual_geometry() -> FormatOptions {
+    let geometry = Geometry { block_bytes: 4096, bucket_bytes: 256 << 10, node_bytes: 32 << 10, metadata_replicas: 2 };
+    FormatOptions { geometry, journal_bytes: 2 << 20, buckets_min: 512, ..test_geometry() }
+}
+
+fn formatted(size_bytes: u64) -> Arc<dyn BlockDevice> {
+    let device: Arc<dyn BlockDevice> = Arc::new(MemDevice::new(size_bytes));
+    Filesystem::format(&device, &usual_geometry(), &Env::real()).unwrap();
+    device
+}
+
+/// Deletes what `filler` made, and takes checkpoints until `df` offers nearly as much as before. No remount. Returns how many it took.
+fn comes_back(filesystem: &Filesystem, filler: &Filler<'_>, available: u64) -> u32 {
+    filler.empty(ROOT);
+    filesystem.vfs().wait_for_deletions().unwrap();
+    assert_eq!(filesystem.usage().data_bytes, 0);
+    // Each bucket that was ever used has keys: a few nodes, in two copies.
+    let tolerance = 12 * 2 * u64::from(filesystem.superblock().geometry.node_bytes);
+    for checkpoints in 0..40 {
+        if filesystem.usage().available_bytes + tolerance >= available {
+            return checkpoints;
+        }
+        filesystem.checkpoint().unwrap();
+        filler.watched.tick();
+    }
+    panic!("df offered {available} bytes, now, with all deleted: {:#?}", filesystem.usage());
+}
+
+#[test]
+fn what_df_offers_can_be_written_to_one_file_and_comes_back() {
+    with_watchdog(|watched| {
+        for size in [128 * MIB, 320 * MIB] {
+            let filesystem = watched.open(&formatted(size), 16 << 20);
+            let filler = Filler { vfs: filesystem.vfs(), watched };
+            let available = filesystem.usage().available_bytes;
+            assert!(available * 100 >= size * 84, "{} of {} MiB offered", available / MIB, size / MIB);
+            for round in 0..2 {
+                let offered = filesystem.usage().available_bytes;
+                let (written, fits) = filler.write_file(ROOT, "file 0", u64::MAX);
+                assert!(!fits && written >= offered, "round {round}: {offered} bytes offered, {written} written");
+                filesystem.sync().unwrap();
+                let checkpoints = comes_back(&filesystem, &filler, available);
+                println!(
+                    "{} MiB: {} MiB offered, {} MiB written, back after {checkpoints} checkpoints",
+                    size / MIB,
+                    offered / MIB,
+                    written / MIB
+                );
+            }
+            filesystem.close().unwrap();
+        }
+    });
+}
+
+#[test]
+fn many_small_files_fill_the_device_until_df_offers_nothing() {
+    with_watchdog(|watched| {
+        for size in [128 * MIB, 192 * MIB] {
+            let filesystem = watched.open(&formatted(size), 16 << 20);
+            let filler = Filler { vfs: filesystem.vfs(), watched };
+            let available = filesystem.usage().available_bytes;
+            for round in 0..2 {
+                let filled = filler.fill(ROOT, |_| 4096);
+                let left = filesystem.usage().available_bytes;
+                assert!(left < MIB, "round {round}: refused with {left} bytes offered");
+                filesystem.sync().unwrap();
+                assert!(filled.bytes * 100 >= available * 60, "round {round}: {} of {available} bytes", filled.bytes);
+                let checkpoints = comes_back(&filesystem, &filler, available);
+                println!(
+                    "{} MiB: {} MiB in files of 4 KiB, back after {checkpoints} checkpoints",
+                    size / MIB,
+                    filled.bytes / MIB
+                );
+            }
+            filesystem.close().unwrap();
+        }
+    });
+}
+
+/// A write into what fallocate holds needs nothing that others could take, however full the filesystem is and in whatever order it is written.
+#[test]
+fn what_fallocate_promised_can_be_written_on_a_full_filesystem() {
+    const HELD: u64 = 24 * MIB;
+    with_watchdog(|watched| {
+        let filesystem = watched.open(&formatted(128 * MIB), 16 << 20);
+        let vfs = filesystem.vfs();
+        let filler = Filler { vfs, watched };
+        let (entry, opened) = vfs.create(&CALLER, ROOT, OsStr::new("held"), 0o100_644, O_RDWR).unwrap();
+        let (node, handle) = (entry.attributes.node, opened.handle);
+        // Half of it inside the file, half behind its end.
+        vfs.fallocate(&CALLER, node, handle, 0, HELD / 2, 0).unwrap();
+        vfs.fallocate(&CALLER, node, handle, HELD / 2, HELD / 2, 1).unwrap();
+        let directory = vfs.mkdir(&CALLER, ROOT, OsStr::new("small"), 0o755).unwrap().attributes.node;
+        let large = filler.write_file(ROOT, "file 0", u64::MAX);
+        assert!(!large.1);
+        let small = filler.fill(directory, |_| 4096);
+        println!("full with {} MiB and {} files", large.0 / MIB, small.names.len());
+        let write = |offset: u64, length: usize, append: bool| {
+            let data = vec![(offset >> 12) as u8 | 1; length];
+            let request = WriteRequest {
+                node,
+                handle,
+                offset,
+                data: &data,
+                direct: false,
+                append,
+                synchronous: false,
+                from_page_cache: false,
+                clear_set_id: false,
+            };
+            let mut done = 0;
+            while done < length {
+                let rest = WriteRequest { offset: offset + done as u64, data: &data[done..], ..request };
+                done += vfs.write(&CALLER, &rest).unwrap_or_else(|error| panic!("at {offset}: {error}")) as usize;
+            }
+            watched.tick();
+        };
+        // Single blocks in an order that scatters them, then appends.
+        let blocks = HELD / 2 / 4096;
+        for index in 0..blocks {
+            write(index * 769 % blocks * 4096, 4096, false);
+        }
+        vfs.fsync(&CALLER, node, handle, false).unwrap();
+        for index in 0..HELD / 2 / (64 << 10) {
+            write(HELD / 2 + index * (64 << 10), 64 << 10, true);
+        }
+        vfs.fsync(&CALLER, node, handle, false).unwrap();
+        assert_eq!(filesystem.usage().unwritten_bytes, 0);
+        assert_eq!(vfs.get_attributes(&CALLER, node, None).unwrap().size_bytes, HELD);
+        vfs.release(node, handle).unwrap();
         filesystem.close().unwrap();
     });
 }

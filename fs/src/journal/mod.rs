@@ -51,7 +51,6 @@ use crate::units::JournalSequence;
 use chain::Chain;
 pub use read::{Log, LogRecord, read_log};
 use ring::Ring;
-pub use ring::checkpoint_blocks;
 use state::State;
 pub use totals::Totals;
 

@@ -7,6 +7,7 @@
 use std::sync::Arc;
 
 use super::{JournalConfig, JournalWatermark};
+use crate::alloc::capacity::checkpoint_blocks;
 use crate::device::BlockDevice;
 use crate::error::{Error, Result};
 use crate::format::journal::RECORD_ALIGNMENT_BYTES;
@@ -15,12 +16,6 @@ use crate::format::journal::RECORD_ALIGNMENT_BYTES;
 pub(super) const BLOCK_BYTES: u64 = RECORD_ALIGNMENT_BYTES as u64;
 /// Fewer blocks than this cannot hold two checkpoints' records beside ordinary ones.
 const RING_BLOCKS_MIN: u64 = 16;
-
-/// Blocks of a ring of `blocks` blocks that only checkpoints may fill, for what two of them log: two, since the first may free nothing.
-#[must_use]
-pub const fn checkpoint_blocks(blocks: u64) -> u64 {
-    if blocks / 8 > 2 { blocks / 8 } else { 2 }
-}
 
 /// What an empty record that states D is for, and so how much of the ring may be full of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -242,9 +242,16 @@ impl State {
         self.ring.place(position, length) + length
     }
 
-    /// Whether the open record must be sealed before this payload.
+    /// Whether the open record must be sealed before this payload: if it would be too large, or if it would grow over the ring's end. It would
+    /// then move to the next lap as a whole, and all that it had before the end would be lost until the tail comes round: a claim of a few bytes could
+    /// use the checkpoints' reserve up.
     fn must_seal(&self, payload_bytes: usize) -> bool {
-        self.open.has_content() && self.open.reserved_bytes + payload_bytes > self.payload_bytes_max
+        if !self.open.has_content() {
+            return false;
+        }
+        let grown_bytes = self.open.reserved_bytes + payload_bytes;
+        let place = |payload_bytes| self.ring.place(self.open_start, record_bound_bytes(payload_bytes));
+        grown_bytes > self.payload_bytes_max || place(grown_bytes) != place(self.open.reserved_bytes)
     }
 
     /// Whether the ring has room for it.

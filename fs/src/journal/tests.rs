@@ -411,6 +411,45 @@ fn statements_behind_a_slow_reservation_do_not_fill_the_ring() {
     assert!(journal.reusable() >= durable, "what was wanted is stated in the end");
 }
 
+/// Mechanism: the open record grew over the ring's end, so the whole of it moved to the next lap. Consequence: a few bytes took as many blocks as
+/// the record had, out of the reserve of those who asked.
+#[test]
+fn a_record_that_grows_does_not_leave_the_end_of_the_ring_unused() {
+    let (_, config) = simulated(2, 1);
+    let mut laps = 0;
+    for lead in 8..40 {
+        let journal = open(&config, JournalStart::fresh());
+        let make_room = || {
+            let kept = take_checkpoint(&journal, 1);
+            release(&journal, &kept);
+            journal.wait_for_space(3000, JournalWatermark::Normal).unwrap();
+        };
+        for _ in 0..lead {
+            if try_commit(&journal, 1, 3000, JournalWatermark::Normal).is_none() {
+                make_room();
+                commit(&journal, 1, 3000);
+            }
+            journal.flush(journal.newest()).unwrap();
+        }
+        make_room();
+        let start = journal.inner.chain.lock().position;
+        let mut before = journal.fill_permille();
+        // A block is 45 permille of the 22 that ordinary commits may fill.
+        while try_commit(&journal, 1, 1000, JournalWatermark::Normal).is_some() {
+            let now = journal.fill_permille();
+            assert!(
+                now <= before + 95,
+                "1000 bytes took the ring from {before} to {now} permille, from block {lead} on"
+            );
+            before = now;
+        }
+        journal.flush(journal.newest()).unwrap();
+        let ring_bytes = 2 * u64::from(BUCKET_BYTES);
+        laps += u64::from(journal.inner.chain.lock().position / ring_bytes > start / ring_bytes);
+    }
+    assert!(laps > 5, "the end of the ring was passed {laps} times");
+}
+
 #[test]
 fn a_release_waits_for_a_durable_statement() {
     let (_, config) = simulated(1, 1);

@@ -159,6 +159,22 @@ impl Space {
         self.allocator.reserve(bytes)
     }
 
+    /// As [`Self::reserve`], for space that fallocate is to hold: with what writing it will take, block by block.
+    ///
+    /// # Errors
+    /// [`Error::NoSpace`].
+    pub fn reserve_unwritten(&self, bytes: u64) -> Result<SpaceReservation> {
+        self.refresh_node_bytes();
+        self.allocator.reserve_unwritten(bytes)
+    }
+
+    /// Bytes of neighbouring data, in whole blocks, that [`Self::reserve`] would promise now.
+    #[must_use]
+    pub fn reservable_bytes(&self) -> u64 {
+        self.refresh_node_bytes();
+        self.reserves().data_within(self.allocator.usage().free_bytes)
+    }
+
     /// Promises the space of about `key_bytes` of new keys and values: for operations that make metadata and no data (create, link, setxattr).
     ///
     /// # Errors

@@ -164,7 +164,11 @@ impl Staged<'_> {
                 Attempt::MakeRoom(btree, position, bytes) => forest.make_room(btree, position, bytes)?,
                 Attempt::WaitForJournal(bytes) => {
                     self.transactions.metrics.journal_reservations_blocked.increment();
+                    let started = self.transactions.env.monotonic();
                     journal.wait_for_space(bytes, options.watermark)?;
+                    let waited = self.transactions.env.monotonic().saturating_sub(started);
+                    let waited = u64::try_from(waited.as_micros()).unwrap_or(u64::MAX);
+                    self.transactions.metrics.transaction_room_wait_max_us.raise_to(waited);
                 }
             }
         }

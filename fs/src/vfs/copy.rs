@@ -106,6 +106,8 @@ impl Vfs {
         let mut written = 0;
         for slice in collected.pages.slices() {
             match target.write_bytes(&to.inode, WriteAt::Offset(to_offset + written), slice, true, false) {
+                // Space for a part of it.
+                Ok(bytes) if bytes < slice.len() as u64 => return Ok(written + bytes),
                 Ok(bytes) => written += bytes,
                 Err(error) if written == 0 => return Err(error),
                 Err(_) => return Ok(written),

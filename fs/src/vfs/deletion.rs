@@ -10,8 +10,9 @@ use std::time::Duration;
 use super::Vfs;
 use super::inode::VfsInode;
 use crate::env::{Event, Progress, Worker};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::pagecache::invalidate_range;
+use crate::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use crate::sync::{Arc, Mutex};
 use crate::transaction::CommitOptions;
 use crate::units::InodeNumber;
@@ -43,12 +44,17 @@ struct Queue {
 pub(super) struct Deletions {
     queue: Mutex<Queue>,
     event: Event,
+    /// The worker has run: there is somebody to wait for.
+    is_driven: AtomicBool,
+    /// Who waits for the space of what is deleted: they are told after each step.
+    waiters: AtomicU32,
 }
 
 impl Default for Deletions {
     fn default() -> Self {
         let queue = Queue { waiting: VecDeque::new(), scan_from: Some(InodeNumber(0)), is_working: false };
-        Self { queue: Mutex::new(queue), event: Event::new() }
+        let (is_driven, waiters) = (AtomicBool::new(false), AtomicU32::new(0));
+        Self { queue: Mutex::new(queue), event: Event::new(), is_driven, waiters }
     }
 }
 
@@ -56,6 +62,11 @@ impl Deletions {
     fn push(&self, number: InodeNumber, inode: Option<Arc<VfsInode>>) {
         let deletion = Deletion { number, inode, extents_are_gone: false };
         self.queue.lock().waiting.push_back(deletion);
+        self.event.notify();
+    }
+
+    /// Something has changed that those who wait must see.
+    pub fn wake(&self) {
         self.event.notify();
     }
 
@@ -81,6 +92,32 @@ impl Vfs {
     pub fn has_deletions(&self) -> bool {
         let queue = self.deletions.queue.lock();
         !queue.waiting.is_empty() || queue.scan_from.is_some() || queue.is_working
+    }
+
+    /// Asks for space with `ask` until it is there or nothing is left to be deleted, whose answer is the last.
+    pub(super) fn ask_during_deletions<T>(&self, ask: &dyn Fn() -> Result<T>) -> Result<Result<T>> {
+        let deletions = &self.deletions;
+        if !deletions.is_driven.load(Ordering::Acquire) {
+            return Ok(ask());
+        }
+        deletions.waiters.fetch_add(1, Ordering::SeqCst);
+        let answer = self.env.wait(&deletions.event, || {
+            if let Err(error) = self.check_writable() {
+                return Some(Err(error));
+            }
+            // Looked at first: what is deleted in between is in the answer.
+            let more = self.has_deletions();
+            match ask() {
+                Err(Error::NoSpace(_)) if more => None,
+                answer => Some(answer),
+            }
+        });
+        deletions.waiters.fetch_sub(1, Ordering::SeqCst);
+        answer.map_err(|error| match error {
+            // In simulation the worker may be below us on the stack.
+            Error::Bug(_) if self.env.is_simulated() => Error::NoSpace("what is being deleted cannot be waited for"),
+            error => error,
+        })
     }
 
     /// Waits until everything that can be deleted is (tests, and callers who want exact figures of free space).
@@ -159,6 +196,7 @@ impl Worker for DeletionWorker {
 
     fn step(&self, budget: u32) -> Result<Progress> {
         let vfs = &self.vfs;
+        vfs.deletions.is_driven.store(true, Ordering::Release);
         if vfs.check_writable().is_err() {
             vfs.deletions.event.notify();
             return Ok(Progress::Idle(None));
@@ -187,7 +225,8 @@ impl Worker for DeletionWorker {
         let is_done = queue.waiting.is_empty() && queue.scan_from.is_none();
         drop(queue);
         // Not after a step that found nothing: the event is this worker's own, and it would wake itself for ever.
-        if is_done && progress == Progress::Worked {
+        let is_awaited = vfs.deletions.waiters.load(Ordering::SeqCst) > 0;
+        if (is_done || is_awaited) && progress == Progress::Worked {
             vfs.deletions.event.notify();
         }
         Ok(progress)

@@ -257,8 +257,8 @@ impl Vfs {
         }
         let is_alone = !file.pages.has_folios(&(0..u64::MAX));
         self.count_direct(is_alone);
-        let length = data.len() as u64;
-        let reservation = self.reserve_for_write(inode, at, length, false)?;
+        let (reservation, length) = self.reserve_for_write(inode, at, data.len() as u64, false)?;
+        let data = data.get(..usize::try_from(length).unwrap_or(usize::MAX)).unwrap_or(data);
         let is_lending = clear_set_id && {
             let mode = inode.state().inode.mode;
             without_set_id(mode) != mode

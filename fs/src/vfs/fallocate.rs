@@ -160,7 +160,7 @@ impl Vfs {
         let block = u64::from(self.superblock.geometry.block_bytes);
         let (start, stop) = (round_down(offset, block), round_up(end, block));
         let missing_bytes = self.missing_bytes(inode, start, stop)?;
-        let reservation = self.admit(|| self.space.reserve(missing_bytes))?;
+        let reservation = self.admit(|| self.space.reserve_unwritten(missing_bytes))?;
         let no_changes = SetAttributes::default();
         self.set_times_in_memory(inode, &no_changes, self.env.now(), grows);
         let update = |stored: &mut Inode| {

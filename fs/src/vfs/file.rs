@@ -178,41 +178,75 @@ impl Vfs {
         Ok(outcome)
     }
 
-    /// Promises space for `bytes` at `offset`. Space that fallocate holds there is used where no other is left.
-    /// What the kernel has `delayed` lands in the reserve for it.
+    /// Promises space for a write of `length` bytes, or for its first part where there is no more: then at least a byte. Returns the promise and the
+    /// length. Space that fallocate holds there is used where no other is left. What the kernel has `delayed` lands in the reserve for it, and is
+    /// never shortened.
     pub(super) fn reserve_for_write(
         &self,
         inode: &VfsInode,
         at: WriteAt,
         length: u64,
         delayed: bool,
-    ) -> Result<SpaceReservation> {
+    ) -> Result<(SpaceReservation, u64)> {
         let block = u64::from(self.superblock.geometry.block_bytes);
-        let bytes = match at {
-            WriteAt::Offset(offset) => round_up(offset + length, block) - round_down(offset, block),
-            WriteAt::End => round_up(length, block) + block,
+        // An append's place may move until it has the lock, so it may need a block more.
+        let (offset, bytes) = match at {
+            WriteAt::Offset(offset) => (offset, round_up(offset + length, block) - round_down(offset, block)),
+            WriteAt::End => (inode.size(), round_up(length, block) + block),
         };
         if delayed && let Ok(reservation) = self.space.reserve(bytes).or_else(|_| self.take_landing_reserve(bytes)) {
-            return Ok(reservation);
+            return Ok((reservation, length));
         }
-        match self.admit(|| self.space.reserve(bytes)) {
-            Err(Error::NoSpace(reason)) => {
-                let WriteAt::Offset(offset) = at else { return Err(Error::NoSpace(reason)) };
-                let start = round_down(offset, block);
-                let held = self.data.unwritten_bytes(inode.number, start, start + bytes)?;
-                let dirty = Self::file_of(inode)?.pages.unwritten_ranges(&(start..start + bytes));
-                let promised: u64 = dirty.iter().map(|range| range.end - range.start).sum();
-                // Blocks that are dirty already have their promise; the outcome gives back what is not needed.
-                let covered = (held + promised).min(bytes);
-                if covered == 0 {
-                    return Err(Error::NoSpace(reason));
+        let refused = match self.admit(|| self.space.reserve(bytes)) {
+            Err(error @ Error::NoSpace(_)) => error,
+            outcome => return outcome.map(|reservation| (reservation, length)),
+        };
+        let start = round_down(offset, block);
+        let head = if at == WriteAt::End { block } else { offset - start };
+        let held = self.data.unwritten_bytes(inode.number, start, start + bytes)?;
+        if held > 0 || Self::file_of(inode)?.pages.unwritten_blocks() > 0 {
+            let dirty = Self::file_of(inode)?.pages.unwritten_ranges(&(start..start + bytes));
+            let promised: u64 = dirty.iter().map(|range| range.end - range.start).sum();
+            // Blocks that are dirty already have their promise; the outcome gives back what is not needed.
+            let covered = (held + promised).min(bytes);
+            match self.space.reserve(bytes - covered) {
+                Ok(mut reservation) if covered > 0 => {
+                    reservation.merge(self.space.reserve_privileged(covered));
+                    return Ok((reservation, length));
                 }
-                let mut reservation = self.space.reserve(bytes - covered)?;
-                reservation.merge(self.space.reserve_privileged(covered));
-                Ok(reservation)
+                Ok(_) | Err(Error::NoSpace(_)) => {}
+                Err(error) => return Err(error),
             }
-            other => other,
         }
+        if delayed {
+            return Err(refused);
+        }
+        let held = self.held_prefix(inode, start, bytes)?;
+        let shorter = |bytes: u64| bytes.checked_sub(head).map(|part| part.min(length)).filter(|&part| part > 0);
+        if let Some(part) = shorter(held) {
+            return Ok((self.space.reserve_privileged(held), part));
+        }
+        let fitting = self.space.reservable_bytes().min(bytes);
+        match shorter(fitting) {
+            Some(part) => Ok((self.space.reserve(fitting)?, part)),
+            None => Err(refused),
+        }
+    }
+
+    /// Bytes (whole blocks) from `start` on, at most `bytes`, that fallocate holds without a gap.
+    fn held_prefix(&self, inode: &VfsInode, start: u64, bytes: u64) -> Result<u64> {
+        let block = u64::from(self.superblock.geometry.block_bytes);
+        let (mut low, mut high) = (0, bytes / block);
+        while low < high {
+            let middle = (low + high).div_ceil(2);
+            let length = middle * block;
+            if self.data.unwritten_bytes(inode.number, start, start + length)? == length {
+                low = middle;
+            } else {
+                high = middle - 1;
+            }
+        }
+        Ok(low * block)
     }
 
     /// Writes; returns how many bytes.
@@ -253,7 +287,8 @@ impl Vfs {
         Ok(u32::try_from(bytes).unwrap_or(u32::MAX))
     }
 
-    /// Puts bytes into the page cache, with their space promised first. Returns how many. `delayed`: they come from the kernel's page cache.
+    /// Puts bytes into the page cache, with their space promised first. Returns how many: fewer than all only where there is no space for more.
+    /// `delayed`: they come from the kernel's page cache; then it is all or none.
     pub(super) fn write_bytes(
         &self,
         inode: &Arc<VfsInode>,
@@ -273,7 +308,8 @@ impl Vfs {
             }
             length = length.min(FILE_BYTES_MAX - offset);
         }
-        let reservation = self.reserve_for_write(inode, at, length, delayed)?;
+        let (reservation, promised) = self.reserve_for_write(inode, at, length, delayed)?;
+        length = promised;
         let is_lending = clear_set_id && {
             let mode = inode.state().inode.mode;
             without_set_id(mode) != mode

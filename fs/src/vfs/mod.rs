@@ -229,6 +229,7 @@ impl Vfs {
         tracing::error!("{reason}: the filesystem is read-only from now on");
         self.journal.latch(reason.clone());
         self.cache.latch(Error::Latched { reason });
+        self.deletions.wake();
     }
 
     /// A request panicked: what it left half done in memory must not reach the disk.

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use super::Vfs;
 use super::inode::{FilePages, VfsInode, WritebackTurn};
+use crate::btree::CheckpointReason;
 use crate::data::{WriteCommit, WriteRun};
 use crate::env::{Event, Progress, Worker};
 use crate::error::{Error, Result};
@@ -26,6 +27,8 @@ const CHUNK_BYTES: u64 = 16 << 20;
 const FILES_STEP: usize = 16;
 /// How often all that is dirty is written back before space is refused: meanwhile others make promises of what that frees.
 const ADMISSION_PASSES: usize = 4;
+/// Checkpoints that space waits for: some merge nodes, the next free what only those before them used.
+const NODE_PASSES: usize = 8;
 /// Access times are stored this long after the first read.
 const TIMES_AGE: Duration = Duration::from_secs(60);
 /// With more inodes than this the worker does not wait for their age.
@@ -67,20 +70,21 @@ impl Vfs {
     }
 
     /// Asks for space with `ask`. Where that is refused, what is dirty is written back, file by file, and it is asked again: an overwrite is
-    /// promised its whole size, and gives back what it replaces only with its commit. Inode locks may be held.
+    /// promised its whole size, and gives back what it replaces only with its commit. Then what is being deleted is waited for, and the
+    /// checkpoints that give node space back: what is freed but not yet reusable counts as free. Inode locks may be held.
     ///
     /// # Errors
-    /// [`Error::NoSpace`] if nothing that is dirty frees enough; other errors of `ask`. Those of writeback are for the files' handles.
+    /// [`Error::NoSpace`] if nothing of that frees enough; other errors of `ask`. Those of writeback are for the files' handles.
     pub(super) fn admit<T>(&self, ask: impl Fn() -> Result<T>) -> Result<T> {
         self.fill_landing_reserve();
         for _ in 0..ADMISSION_PASSES {
-            let refused = match ask() {
-                Err(error @ Error::NoSpace(_)) => error,
+            match ask() {
+                Err(Error::NoSpace(_)) => {}
                 outcome => return outcome,
-            };
+            }
             let spaces = self.cache.dirty_spaces(usize::MAX, None);
             if spaces.is_empty() {
-                return Err(refused);
+                break;
             }
             for space in spaces {
                 let Some(inode) = self.table.get(InodeNumber(space.identity())) else { continue };
@@ -91,6 +95,24 @@ impl Vfs {
                     Err(Error::NoSpace(_)) => {}
                     outcome => return outcome,
                 }
+            }
+        }
+        match self.ask_during_deletions(&ask)? {
+            Err(Error::NoSpace(_)) => {}
+            outcome => return outcome,
+        }
+        let forest = self.transactions.forest();
+        for _ in 0..NODE_PASSES {
+            if !forest.could_free_nodes() {
+                break;
+            }
+            match forest.checkpoint(&*self.journal, CheckpointReason::Requested) {
+                Ok(_) | Err(Error::NoSpace(_)) => {}
+                Err(error) => return Err(error),
+            }
+            match ask() {
+                Err(Error::NoSpace(_)) => {}
+                outcome => return outcome,
             }
         }
         ask()
