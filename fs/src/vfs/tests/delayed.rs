@@ -45,9 +45,10 @@ fn the_landing_reserve_is_kept_out_of_df_and_takes_what_the_kernel_has_accepted(
     assert!(shown + reserve <= before && shown + 2 * reserve > before, "{before} {shown} {reserve}");
 
     let (node, _) = mount.create(ROOT, "delayed");
-    let file = mount.create(ROOT, "fill");
+    // Both before it is full: a write takes what there is to the last block, and then no name fits either.
+    let (file, rest) = (mount.create(ROOT, "fill"), mount.create(ROOT, "rest"));
     fill(&mount, file, &[1; 1 << 16]);
-    fill(&mount, mount.create(ROOT, "rest"), &[1; 4096]);
+    fill(&mount, rest, &[1; 4096]);
     // All of it lands, on a filesystem that is full for everybody else.
     let step = [2; 1 << 16];
     for offset in (0..reserve - (1 << 16)).step_by(1 << 16) {
