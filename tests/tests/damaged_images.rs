@@ -346,7 +346,10 @@ fn keys() {
         let damaged =
             filesystem.transactions().run(raw, |transaction| damage_keys(transaction, &mut Random(state.clone())));
         damaged.unwrap_or_else(|error| panic!("seed {seed}: cannot make the damage: {error}"));
-        filesystem.close().unwrap_or_else(|error| panic!("seed {seed}: cannot close the damaged image: {error}"));
+        // The checkpoint at the end may meet the damage; then this is an image of a crash.
+        if let Err(error) = filesystem.close() {
+            assert!(error.is_media_error(), "seed {seed}: cannot close the damaged image: {error}");
+        }
         device.image()
     });
     assert!(outcomes.opened.load(Ordering::Relaxed) > 0 && outcomes.repaired.load(Ordering::Relaxed) > 0);

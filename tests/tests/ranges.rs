@@ -79,6 +79,7 @@ fn zeroed_ranges_and_holes_with_edges() {
         file.write_all_at(b"x", 110_000).unwrap();
         content[110_000] = b'x';
         assert_eq!(seek(&file, SeekFrom::Data(hole)).unwrap(), 110_000 / BLOCK * BLOCK);
+        drop(file);
         site.remount("");
         check(&path, &content);
     });
@@ -127,6 +128,7 @@ fn collapse_and_insert_are_right_at_once() {
         content[BLOCK as usize..2 * BLOCK as usize].fill(0);
         check(&path, &content);
         assert_eq!(fallocate(&file, FallocateFlags::COLLAPSE_RANGE, 0, BLOCK), Err(Errno::OPNOTSUPP));
+        drop(file);
         site.remount("");
         check(&path, &content);
     });
@@ -168,6 +170,7 @@ fn direct_and_buffered_descriptors_see_one_file() {
         content.resize(end as usize, 0);
         content.extend_from_slice(&aligned[..8192]);
         check(&path, &content);
+        drop((buffered, direct));
         site.remount("");
         check(&path, &content);
     });

@@ -69,12 +69,15 @@ fn overwriting_at_eighty_percent_then_full_then_empty() {
         let file = usize::try_from(random.next_u64() % FILES).unwrap();
         let at = usize::try_from(random.next_u64() % pieces).unwrap();
         let outcome = write(file, at, &mut random);
+        let is_written = outcome.is_ok();
         let outcome = if done % 512 == 0 { outcome.and_then(|()| files[file].sync_all()) } else { outcome };
         if let Err(error) = outcome {
             panic!(
-                "a false failure after {} MiB of overwriting, {} available: {error}",
+                "a false failure of {} after {} MiB of overwriting, {} available: {error}\n{}",
+                if is_written { "fsync" } else { "write" },
                 (done * PIECE as u64) >> 20,
-                site.available_bytes()
+                site.available_bytes(),
+                site.log()
             );
         }
     }

@@ -151,8 +151,8 @@ impl Reserves {
             usable_buckets,
             dirty_node_bytes_max,
             metadata_buckets: metadata_bytes.div_ceil(bucket_bytes) + 2 * copies,
-            copygc_buckets: (usable_buckets / 128).clamp(4, COPYGC_BUCKETS_MAX),
-            slack_buckets: (usable_buckets / 64).max(8),
+            copygc_buckets: (usable_buckets / 50).clamp(4, COPYGC_BUCKETS_MAX),
+            slack_buckets: (usable_buckets / 50).max(8),
             node_bytes,
             metadata_copies: copies,
         }
