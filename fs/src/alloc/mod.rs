@@ -107,6 +107,12 @@ pub struct TestSwitches {
     pub drop_journal_record: bool,
     /// A checkpoint's record is written before what it names is durable.
     pub publish_checkpoint_early: bool,
+    /// Reads hold no references on the buckets that they read.
+    pub no_bucket_references: bool,
+    /// The page cache's add lock excludes nobody.
+    pub add_lock_excludes_nobody: bool,
+    /// Microseconds to pause, at most, where a race would have to come between: a read after its look-up, a hole between the cache and the tree.
+    pub pause_us: u16,
 }
 
 #[cfg(test)]

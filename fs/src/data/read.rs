@@ -244,7 +244,7 @@ impl Data {
             found.iter().filter_map(Found::data).flat_map(|data| data.pointers.iter().copied()).collect();
         #[cfg(test)]
         super::tests::seam::reach("looked up");
-        let _references = self.space.reference(&pointers);
+        let _references = (!self.space.switches().no_bucket_references).then(|| self.space.reference(&pointers));
         looked_up();
         let mut attempted = Attempted::default();
         // If a bucket was freed since before the look-up, only a key that is still there names bytes that stay.
@@ -263,6 +263,7 @@ impl Data {
         });
         #[cfg(test)]
         super::tests::seam::reach("submitting");
+        self.space.test_pause();
         let (mut raws, mut frames) = self.sort_out(&found, segments)?;
         self.submit(&found, &mut raws, &mut frames);
         for raw in raws {

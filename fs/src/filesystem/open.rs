@@ -420,6 +420,7 @@ impl Filesystem {
             CacheOptions {
                 block_bytes: superblock.geometry.block_bytes,
                 spawn: if env.is_simulated() { None } else { Some(spawn_threads(READAHEAD_THREADS)?) },
+                fault_add_lock_excludes_nobody: options.switches.add_lock_excludes_nobody,
                 ..CacheOptions::new(page_bytes)
             },
         )?;

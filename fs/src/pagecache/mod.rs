@@ -65,7 +65,7 @@ mod exports {
     pub use super::source::{FillEntry, PageSource, ReadaheadBatch};
     pub use super::space::AddressSpace;
     pub use super::write::{WriteContext, WriteOutcome, write, zero_within_block};
-    pub use super::writeback::{WritebackRun, collect_dirty};
+    pub use super::writeback::{WritebackRun, collect_dirty, collect_dirty_with};
 }
 #[cfg(not(loom))]
 pub use exports::*;

@@ -153,11 +153,25 @@ impl Drop for WritebackRun {
 /// the dirty data allows. Takes no folio lock; waits for nobody but a writer that copies right now.
 #[must_use]
 pub fn collect_dirty(space: &Arc<AddressSpace>, range: Range<u64>, max_bytes: u64) -> Vec<WritebackRun> {
+    collect_dirty_with(space, range, max_bytes, || ()).0
+}
+
+/// As [`collect_dirty`], and samples the file's size in the same critical section: everything below it that was ever dirty is in the runs, or was
+/// before. What is placed later raises the size first and becomes dirty afterwards, so it will be collected again: the runs may show some of
+/// it, and whoever writes them must not take it for the file's. `sample` reads an atomic, and nothing more.
+#[must_use]
+pub fn collect_dirty_with<T>(
+    space: &Arc<AddressSpace>,
+    range: Range<u64>,
+    max_bytes: u64,
+    sample: impl FnOnce() -> T,
+) -> (Vec<WritebackRun>, T) {
     let limit = (max_bytes >> space.block_shift()).max(1);
     let mut taken: Vec<(Range<u64>, u64)> = Vec::new();
-    {
+    let sampled = {
         let mut guard = space.tracking.lock();
         let tracking = &mut *guard;
+        let sampled = sample();
         let mut left = limit;
         let mut parts = Vec::new();
         'dirty: for (dirty, units) in tracking.dirty.within(space.blocks_of(&range)) {
@@ -186,8 +200,9 @@ pub fn collect_dirty(space: &Arc<AddressSpace>, range: Range<u64>, max_bytes: u6
         }
         space.cache().count_collected(count);
         unlist_if_clean(space, tracking);
-    }
-    taken.into_iter().map(|(blocks, units)| run_of(space, blocks, units)).collect()
+        sampled
+    };
+    (taken.into_iter().map(|(blocks, units)| run_of(space, blocks, units)).collect(), sampled)
 }
 
 /// Takes all dirty blocks of `blocks` into runs without bytes, once no other run covers any of them: for somebody who replaces them. The caller has their

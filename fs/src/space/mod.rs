@@ -304,6 +304,22 @@ impl Space {
         self.allocator.references().take(keys)
     }
 
+    /// The deliberate faults.
+    #[must_use]
+    pub fn switches(&self) -> &TestSwitches {
+        &self.switches
+    }
+
+    /// Pauses if a test asked for it: at places where a race would come between if something allowed it.
+    pub fn test_pause(&self) {
+        if self.switches.pause_us > 0 {
+            let limit = std::time::Duration::from_micros(self.switches.pause_us.into());
+            // Some none, some all of it.
+            let share = self.env.monotonic().subsec_nanos() / 1000 % 4;
+            std::thread::sleep(limit * share / 3);
+        }
+    }
+
     /// The present moment, to be taken before extents are looked up.
     #[must_use]
     pub fn reuse_mark(&self) -> ReuseMark {

@@ -54,7 +54,10 @@ impl Vfs {
         let mut failed = None;
         while copied < length {
             let step = from + copied..from + length;
-            let outcome = self.part_at(&from_handle, &step).and_then(|part| {
+            let part = from_handle.inode.read_unshrunk(|size| {
+                self.part_at(&from_handle, &(step.start..step.end.min(size).max(step.start)))
+            });
+            let outcome = part.and_then(|part| {
                 ends_in_hole = matches!(part, Part::Hole { .. });
                 match part {
                     Part::Hole { end } => target.make_hole(caller, request, to + copied, end - step.start),

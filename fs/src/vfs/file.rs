@@ -135,20 +135,17 @@ impl Vfs {
                 outcome => return outcome,
             }
         }
-        // A truncation during the read may have taken the end away after it was looked at: zeros from behind it are not answered.
-        for _ in 0..super::RETRIES {
+        handle.inode.read_unshrunk(|size| {
             let mut batch = PageBatch::new();
-            let size = handle.inode.size();
             let outcome = self.read_into(&handle, request.offset, length, size, &mut batch)?;
-            let bytes = match outcome {
-                ReadOutcome { bytes, error: Some(_) } if may_stop_early && bytes > 0 => bytes,
-                outcome => outcome.into_result()?,
-            };
-            if handle.inode.size() >= request.offset.saturating_add(bytes).min(size) {
-                return Ok(batch);
+            match outcome {
+                ReadOutcome { bytes, error: Some(_) } if may_stop_early && bytes > 0 => {}
+                outcome => {
+                    outcome.into_result()?;
+                }
             }
-        }
-        Err(Error::Posix(Errno::IO))
+            Ok(batch)
+        })
     }
 
     /// Gives what lies below `size` of the range to `sink`.

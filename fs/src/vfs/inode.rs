@@ -14,8 +14,13 @@ use crate::env::Event;
 use crate::format::namespace::{FileType, Inode};
 use crate::pagecache::{AddressSpace, PageSource};
 use crate::space::SpaceReservation;
+<<<<<<< HEAD
 use crate::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering};
 use crate::sync::{Arc, LockClass, Mutex, MutexGuard, RwLock};
+=======
+use crate::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering, fence};
+use crate::sync::{Arc, Mutex, MutexGuard, RwLock};
+>>>>>>> 00b9228 (One writeback of a file at a time; a durable size covers only what was written back; truncation holds the turn)
 use crate::units::{InodeNumber, JournalSequence};
 
 /// What changes under the leaf lock.
@@ -62,6 +67,8 @@ pub(super) struct VfsInode {
     size: AtomicU64,
     /// Of a regular file.
     pub file: Option<FilePages>,
+    /// Odd while the file is being made shorter, and a different number afterwards.
+    shrinks: AtomicU64,
     /// Newest journal record that holds a change of it: what fsync waits for.
     sequence: AtomicU64,
     /// The access time needs no change before this time, in seconds since 1970, unless another time changes.
@@ -92,6 +99,15 @@ impl Drop for WritebackTurn<'_> {
     }
 }
 
+/// See [`VfsInode::shrink`].
+pub(super) struct Shrinking<'a>(&'a VfsInode);
+
+impl Drop for Shrinking<'_> {
+    fn drop(&mut self) {
+        self.0.shrinks.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
 impl VfsInode {
     pub fn new(
         number: InodeNumber,
@@ -114,6 +130,7 @@ impl VfsInode {
                 tree_sequence: JournalSequence(0),
             }),
             size: AtomicU64::new(size),
+            shrinks: AtomicU64::new(0),
             file,
             sequence: AtomicU64::new(sequence.0),
             access_settled_until: AtomicI64::new(i64::MIN),
@@ -158,6 +175,28 @@ impl VfsInode {
     /// Makes the file at least this long; under a folio's lock.
     pub fn raise_size(&self, size: u64) {
         self.size.fetch_max(size, Ordering::AcqRel);
+    }
+
+    /// The file is about to be made shorter, until the guard is dropped. The caller holds the inode lock exclusively.
+    pub fn shrink(&self) -> Shrinking<'_> {
+        self.shrinks.fetch_add(1, Ordering::SeqCst);
+        Shrinking(self)
+    }
+
+    /// Reads with `read`, which is given the file's size, at a moment when the file is not made shorter: while that goes on, bytes that are cut off may read
+    /// as zeros before the size says so, and bytes that are appended at once afterwards may too. Without a lock; where that fails, under the
+    /// shared inode lock.
+    pub fn read_unshrunk<T>(&self, mut read: impl FnMut(u64) -> T) -> T {
+        let before = self.shrinks.load(Ordering::SeqCst);
+        if before.is_multiple_of(2) {
+            let outcome = read(self.size());
+            fence(Ordering::SeqCst);
+            if self.shrinks.load(Ordering::SeqCst) == before {
+                return outcome;
+            }
+        }
+        let _unshrunk = self.lock.read();
+        read(self.size())
     }
 
     pub fn sequence(&self) -> JournalSequence {

@@ -40,6 +40,9 @@ impl Vfs {
             self.write_back(inode)?;
         }
         let from = size.min(old_size);
+        let _shrinking = (size < old_size).then(|| inode.shrink());
+        // What was collected before would bring the old size back, and what is collected now has it too, until memory has the new one.
+        let _turn = self.writeback_turn(inode)?;
         // The last block may have to be zeroed: never refused, since truncation must work on a full filesystem.
         file.reserved.lock().merge(self.space.reserve_privileged(2 * file.pages.block_bytes()));
         let _replacing = self.replacing.read();
@@ -56,6 +59,7 @@ impl Vfs {
         let _dropped = punched?;
         let before = self.set_times_in_memory(inode, changes, now, true);
         let update = |stored: &mut Inode| apply_changes(inode, changes, stored);
+        self.space.test_pause();
         let outcome = self.data.truncate(inode.number, size, &update).and_then(|change| {
             let sequence = change.sequence;
             change.inode.map(|stored| (stored, sequence)).ok_or(Error::Posix(Errno::STALE))

@@ -82,16 +82,10 @@ impl Vfs {
     /// Collects what the file has of a range: nothing behind its end.
     pub(super) fn collect(&self, handle: &Handle, offset: u64, length: u64) -> Result<Collected> {
         let inode = &handle.inode;
-        // A truncation meanwhile may have taken the end away after it was looked at: zeros from behind it are not given out.
-        for _ in 0..super::RETRIES {
-            let size = inode.size();
+        inode.read_unshrunk(|size| {
             let end = size.min(offset.saturating_add(length));
-            let collected = self.collect_below(handle, offset..end.max(offset), size)?;
-            if inode.size() >= offset.saturating_add(collected.pages.len() as u64).min(size) {
-                return Ok(collected);
-            }
-        }
-        Err(Error::Posix(Errno::IO))
+            self.collect_below(handle, offset..end.max(offset), size)
+        })
     }
 
     fn collect_below(&self, handle: &Handle, range: std::ops::Range<u64>, size: u64) -> Result<Collected> {

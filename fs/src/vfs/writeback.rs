@@ -2,12 +2,13 @@
 //!
 //! One pass over a file takes its dirty blocks in the order of their offsets, a bounded number of bytes at a time, and hands them to the data layer,
 //! which commits extents and inode together. One pass at a time for each inode ([`VfsInode::try_writeback_turn`]), so commits
-//! of one file are in order and its stored size grows with its data.
+//! of one file are in order and its stored size grows with its data: a pass ends at the size that the file had when it began; what it writes counts only up
+//! to the size of the moment when it was collected; and the block that the stored size ends in, when it is dirty again, is written before, or
+//! with, anything behind it. So no crash shows a file that was lengthened over bytes which were never written back. A truncation holds the turn.
 //!
 //! No inode lock, add or block is taken here: holders of those wait for writeback.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
 use std::time::Duration;
 
 use super::Vfs;
@@ -16,10 +17,10 @@ use crate::btree::CheckpointReason;
 use crate::data::{WriteCommit, WriteRun};
 use crate::env::{Event, Progress, Worker};
 use crate::error::{Error, Result};
-use crate::pagecache::{WritebackRun, collect_dirty};
+use crate::pagecache::{WritebackRun, collect_dirty_with};
 use crate::sync::{Arc, Mutex};
 use crate::transaction::CommitOptions;
-use crate::units::InodeNumber;
+use crate::units::{InodeNumber, round_down, round_up};
 
 /// Bytes of one hand-over to the data layer.
 const CHUNK_BYTES: u64 = 16 << 20;
@@ -44,7 +45,7 @@ pub(super) struct DelayedTimes {
 
 impl Vfs {
     /// Waits for the right to write this inode back.
-    fn writeback_turn<'a>(&self, inode: &'a VfsInode) -> Result<WritebackTurn<'a>> {
+    pub(super) fn writeback_turn<'a>(&self, inode: &'a VfsInode) -> Result<WritebackTurn<'a>> {
         self.env.wait(inode.writeback_event(), || inode.try_writeback_turn())
     }
 
@@ -55,7 +56,7 @@ impl Vfs {
             return Ok(());
         }
         let turn = self.writeback_turn(inode)?;
-        let outcome = self.write_back_range(inode, file, 0..u64::MAX, u64::MAX);
+        let outcome = self.write_back_pass(inode, file, u64::MAX);
         drop(turn);
         outcome.map(|_| ())
     }
@@ -118,20 +119,24 @@ impl Vfs {
         ask()
     }
 
-    /// Commits dirty blocks of the range, in ascending order, until `bytes_max` are written. Returns how many were. The caller has the turn.
-    fn write_back_range(&self, inode: &VfsInode, file: &FilePages, range: Range<u64>, bytes_max: u64) -> Result<u64> {
-        let mut written = 0;
-        let mut from = range.start;
-        while written < bytes_max {
-            let runs = collect_dirty(&file.pages, from..range.end, CHUNK_BYTES);
+    /// Commits dirty blocks, in ascending order, until `bytes_max` are written. Returns how many were. The caller has the turn.
+    fn write_back_pass(&self, inode: &VfsInode, file: &FilePages, bytes_max: u64) -> Result<u64> {
+        let block = file.pages.block_bytes();
+        let end = round_up(inode.size(), block);
+        let (mut written, mut from) = (0, 0);
+        while written < bytes_max && from < end {
+            // The last block that was written may have been appended to meanwhile.
+            let start = round_down(inode.state().stored_size, block).min(from);
+            let (runs, size) = collect_dirty_with(&file.pages, start..end, CHUNK_BYTES, || inode.size());
             let Some(last) = runs.last() else { break };
-            from = last.offset() + last.length();
-            written += self.write_runs(inode, file, runs)?;
+            from = from.max(last.offset() + last.length());
+            written += self.write_runs(inode, file, runs, size)?;
         }
         Ok(written)
     }
 
-    fn write_runs(&self, inode: &VfsInode, file: &FilePages, runs: Vec<WritebackRun>) -> Result<u64> {
+    /// Writes and commits runs that were collected when the file had this size.
+    fn write_runs(&self, inode: &VfsInode, file: &FilePages, runs: Vec<WritebackRun>, size: u64) -> Result<u64> {
         let block = file.pages.block_bytes();
         let bytes: u64 = runs.iter().map(WritebackRun::length).sum();
         let units: u64 = runs.iter().map(WritebackRun::units).sum();
@@ -139,7 +144,7 @@ impl Vfs {
         let pieces: Vec<WriteRun<'_>> =
             runs.iter().map(|run| WriteRun { offset: run.offset(), data: run.slices().collect() }).collect();
         inode.state().times_ahead = false;
-        let size_limit = || inode.size();
+        let size_limit = || inode.size().min(size);
         let update_inode = |stored: &mut crate::format::namespace::Inode| inode.store_times(stored);
         let commit = WriteCommit { size_limit: &size_limit, update_inode: &update_inode };
         let outcome = self.data.write(inode.number, &pieces, reservation, commit);
@@ -280,7 +285,7 @@ impl WritebackWorker {
         let Some(inode) = vfs.table.get(number) else { return Ok(false) };
         let Some(file) = &inode.file else { return Ok(false) };
         let Some(turn) = inode.try_writeback_turn() else { return Ok(false) };
-        let outcome = vfs.write_back_range(&inode, file, 0..u64::MAX, 4 * CHUNK_BYTES);
+        let outcome = vfs.write_back_pass(&inode, file, 4 * CHUNK_BYTES);
         drop(turn);
         match outcome {
             Ok(bytes) => {
