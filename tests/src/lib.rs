@@ -8,6 +8,8 @@
 //! - [`crash`]: runs a workload on a simulated device, cuts the power everywhere, and asks the oracle.
 //! - [`filesystem_subject`]: coppice itself, in this process, for [`crash`].
 //! - [`mount`]: an image in a temporary folder, formatted, mounted and checked by the real programs.
+//! - [`fsx`]: random operations on one file against an array of bytes, in this process.
+//! - [`race`]: readers against everything that frees and reuses what they read, on real threads.
 //! - [`workloads`]: the small workloads that are crashed everywhere, and random ones by seed.
 
 pub mod limit;
@@ -17,4 +19,6 @@ pub mod model;
 pub mod crash;
 pub mod mount;
 pub mod workloads;
+pub mod race;
+pub mod fsx;
 pub mod filesystem_subject;

@@ -54,9 +54,9 @@ impl Vfs {
         let mut failed = None;
         while copied < length {
             let step = from + copied..from + length;
-            let part = from_handle.inode.read_unshrunk(|size| {
-                self.part_at(&from_handle, &(step.start..step.end.min(size).max(step.start)))
-            });
+            let part = from_handle
+                .inode
+                .read_unshrunk(|size| self.part_at(&from_handle, &(step.start..step.end.min(size).max(step.start))));
             let outcome = part.and_then(|part| {
                 ends_in_hole = matches!(part, Part::Hole { .. });
                 match part {

@@ -67,7 +67,7 @@ fn the_stored_size_never_covers_what_was_not_written_back() {
         let _ending = Ending(&is_done);
         scope.spawn(|| {
             let _ending = Ending(&is_done);
-            for index in 0..3000_u64 {
+            for index in 0..800_u64 {
                 // Seldom a whole block, so that most blocks are written back more than once.
                 mount.write(file, index * 700, &[index as u8 | 1; 700]).unwrap();
                 if is_done.load(Ordering::Relaxed) {
@@ -105,7 +105,7 @@ fn a_truncation_is_not_undone_by_writeback_under_way() {
             }
         });
         let _ending = Ending(&is_done);
-        for round in 0..400_u64 {
+        for round in 0..150_u64 {
             if is_done.load(Ordering::Relaxed) {
                 break;
             }
@@ -156,7 +156,7 @@ fn a_read_beside_truncate_and_append_sees_no_zeros() {
             });
         }
         let _ending = Ending(&is_done);
-        for round in 0..1500_u64 {
+        for round in 0..400_u64 {
             if is_done.load(Ordering::Relaxed) {
                 break;
             }
