@@ -315,7 +315,7 @@ impl Space {
         if self.switches.pause_us > 0 {
             let limit = std::time::Duration::from_micros(self.switches.pause_us.into());
             // Some none, some all of it.
-            let share = self.env.monotonic().subsec_nanos() / 1000 % 4;
+            let share = self.env.monotonic().subsec_micros() % 4;
             std::thread::sleep(limit * share / 3);
         }
     }
