@@ -14,13 +14,8 @@ use crate::env::Event;
 use crate::format::namespace::{FileType, Inode};
 use crate::pagecache::{AddressSpace, PageSource};
 use crate::space::SpaceReservation;
-<<<<<<< HEAD
-use crate::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering};
-use crate::sync::{Arc, LockClass, Mutex, MutexGuard, RwLock};
-=======
 use crate::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering, fence};
-use crate::sync::{Arc, Mutex, MutexGuard, RwLock};
->>>>>>> 00b9228 (One writeback of a file at a time; a durable size covers only what was written back; truncation holds the turn)
+use crate::sync::{Arc, LockClass, Mutex, MutexGuard, RwLock};
 use crate::units::{InodeNumber, JournalSequence};
 
 /// What changes under the leaf lock.
