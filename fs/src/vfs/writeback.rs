@@ -9,6 +9,7 @@
 //! No inode lock, add or block is taken here: holders of those wait for writeback.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::time::Duration;
 
 use super::Vfs;
@@ -61,10 +62,10 @@ impl Vfs {
         outcome.map(|_| ())
     }
 
-    /// Commits what is dirty of `range` (bytes) now, and waits for what others are committing.
+    /// Commits what is dirty of `range` (bytes) now, with what is dirty before it (the size must not grow over that), and waits for what others are committing.
     pub(super) fn write_back_part(&self, inode: &VfsInode, file: &FilePages, range: &Range<u64>) -> Result<()> {
         let turn = self.writeback_turn(inode)?;
-        let outcome = self.write_back_range(inode, file, range.clone(), u64::MAX);
+        let outcome = self.write_back_pass(inode, file, u64::MAX);
         drop(turn);
         outcome?;
         file.pages.wait_for_writeback(range)
