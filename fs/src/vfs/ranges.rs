@@ -136,6 +136,8 @@ impl Vfs {
     ) -> Result<()> {
         // Dirty blocks cannot move: they become extents first, and the tree's size becomes the file's.
         self.write_back(inode)?;
+        // A collapse makes the file shorter: what reads meanwhile looks again.
+        let _shrinking = inode.shrink();
         let _replacing = self.replacing.read();
         let guard = file.pages.block(offset..u64::MAX)?;
         let dropped = pagecache::invalidate_range(&file.pages, &guard, offset..u64::MAX)?;
