@@ -382,11 +382,11 @@ impl Race {
             let from = file.ended.load(Ordering::SeqCst);
             let outcome = match how {
                 7 => self.read_by_copy(file, private, offset, length),
-                _ => self.read_pages(file, offset, length, how == 6),
+                _ => self.read_pages(file, offset, length, how == 6).map(|bytes| (bytes, length)),
             };
             let to = file.begun.load(Ordering::SeqCst);
             let outcome = match outcome {
-                Ok(bytes) => file.check(offset, length, &bytes, from, to),
+                Ok((bytes, length)) => file.check(offset, length, &bytes, from, to),
                 Err(Error::NoSpace(_)) if how == 7 => continue,
                 Err(error) => Err(format!("{length} bytes at {offset} of file {}: {error}", file.number)),
             };
@@ -409,7 +409,8 @@ impl Race {
         Ok(bytes)
     }
 
-    fn read_by_copy(&self, file: &RacingFile, private: (u64, u64), offset: u64, length: u64) -> Result<Vec<u8>> {
+    /// Reads by copying into another file. Returns how much was asked for in the end as well: where there is little space a copy is short.
+    fn read_by_copy(&self, file: &RacingFile, private: (u64, u64), offset: u64, length: u64) -> Result<(Vec<u8>, u64)> {
         self.truncate(private.0, 0)?;
         let request = CopyRequest {
             source_node: file.node,
@@ -421,7 +422,8 @@ impl Race {
             length_bytes: length,
         };
         let copied = self.vfs().copy_file_range(&CALLER, &request)?;
-        Ok(self.vfs().read(&CALLER, &read_request(private, 0, copied, false))?.to_vec())
+        let bytes = self.vfs().read(&CALLER, &read_request(private, 0, copied, false))?.to_vec();
+        Ok((bytes, if copied > 0 { copied } else { length }))
     }
 
     /// Takes what is freed as fast as it can: files that are written, synced, renamed over each other and removed.
