@@ -197,7 +197,7 @@ impl Fsx {
         self.writes += 1;
         // Half of it can be compressed; no byte is zero.
         let seed = self.writes;
-        let noisy = seed % 2 == 0;
+        let noisy = seed.is_multiple_of(2);
         let byte = |index: usize| {
             let mixed = (index as u64 + seed).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 56;
             (if noisy { mixed } else { seed + index as u64 / 512 }) as u8 | 1

@@ -156,7 +156,7 @@ impl RacingFile {
         let length = bytes.len() as u64;
         let seen: Vec<u64> = sizes.iter().map(|size| size.saturating_sub(offset).min(wanted)).collect();
         // A write lengthens the file block by block; nothing shortens it by steps. Newest first.
-        let grows = |pair: &[u64]| matches!(pair, [after, before] if (*before..=*after).contains(&length) && length % BLOCK == 0);
+        let grows = |pair: &[u64]| matches!(pair, [after, before] if (*before..=*after).contains(&length) && length.is_multiple_of(BLOCK));
         if !seen.contains(&length) && !seen.windows(2).any(grows) {
             return Err(format!("{length} bytes of {wanted} at {offset}, operations {from}..{to}, sizes {sizes:?}"));
         }

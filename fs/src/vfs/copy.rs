@@ -57,18 +57,19 @@ impl Vfs {
             let part = from_handle
                 .inode
                 .read_unshrunk(|size| self.part_at(&from_handle, &(step.start..step.end.min(size).max(step.start))));
-            let outcome = part.and_then(|part| {
-                ends_in_hole = matches!(part, Part::Hole { .. });
-                match part {
-                    Part::Hole { end } => target.make_hole(caller, request, to + copied, end - step.start),
-                    Part::Data { end } => {
-                        self.copy_data(&from_handle, step.start..end, target, &to_handle, to + copied)
-                    }
+            let outcome = part.and_then(|part| match part {
+                Part::Hole { end } => Ok((target.make_hole(caller, request, to + copied, end - step.start)?, true)),
+                Part::Data { end } => {
+                    Ok((self.copy_data(&from_handle, step.start..end, target, &to_handle, to + copied)?, false))
                 }
             });
             match outcome {
-                Ok(0) => break,
-                Ok(bytes) => copied += bytes,
+                Ok((0, _)) => break,
+                Ok((bytes, is_hole)) => {
+                    copied += bytes;
+                    // What was copied ends in it, also if nothing follows because the source was cut or space ran out.
+                    ends_in_hole = is_hole;
+                }
                 Err(error) => {
                     failed = Some(error);
                     break;
