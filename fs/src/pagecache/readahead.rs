@@ -6,7 +6,7 @@
 //! threads), backward, or strided. Windows double up to the limit; their ends are aligned, so that long streams get the largest folios.
 //!
 //! The limit is what the device makes worth while ([`DeviceWorth`]), and less while memory is so short that folios are evicted before
-//! anybody has read them ([`Governor`]).
+//! anybody has read them (`Governor`).
 
 use std::ops::Range;
 
