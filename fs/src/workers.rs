@@ -19,10 +19,16 @@ const STEP_BUDGET: u32 = 64;
 /// What is called, with the worker's name, when one fails.
 pub type OnFailure = Arc<dyn Fn(&'static str, &Error) + Send + Sync>;
 
-/// Running workers. Stop them with [`Self::stop`] before what they work on goes away.
+/// Running workers, in the order of their start: a step may wait for workers that were started earlier (a commit for a checkpoint), never for
+/// later ones. Stop them with [`Self::stop`] before what they work on goes away.
 pub struct WorkerThreads {
+    threads: Vec<Running>,
+}
+
+struct Running {
+    worker: Arc<dyn Worker>,
     stopping: Arc<AtomicBool>,
-    threads: Vec<(Arc<dyn Worker>, JoinHandle<()>)>,
+    thread: JoinHandle<()>,
 }
 
 impl std::fmt::Debug for WorkerThreads {
@@ -37,19 +43,19 @@ impl WorkerThreads {
     /// # Errors
     /// If the host refuses a thread.
     pub fn start(env: &Arc<Env>, workers: Vec<Arc<dyn Worker>>, on_failure: &OnFailure) -> Result<Self> {
-        let mut running = Self { stopping: Arc::new(AtomicBool::new(false)), threads: Vec::new() };
+        let mut running = Self { threads: Vec::new() };
         for worker in workers {
             if env.is_simulated() {
                 env.register(worker);
                 continue;
             }
-            let (body, stopping, on_failure) =
-                (Arc::clone(&worker), Arc::clone(&running.stopping), Arc::clone(on_failure));
+            let stopping = Arc::new(AtomicBool::new(false));
+            let (body, is_stopping, on_failure) = (Arc::clone(&worker), Arc::clone(&stopping), Arc::clone(on_failure));
             let thread = std::thread::Builder::new()
                 .name(format!("coppice-{}", worker.name()))
-                .spawn(move || run(&*body, &stopping, &on_failure));
+                .spawn(move || run(&*body, &is_stopping, &on_failure));
             match thread {
-                Ok(thread) => running.threads.push((worker, thread)),
+                Ok(thread) => running.threads.push(Running { worker, stopping, thread }),
                 Err(error) => {
                     running.stop();
                     return Err(Error::io("starting a worker thread", error));
@@ -59,13 +65,11 @@ impl WorkerThreads {
         Ok(running)
     }
 
-    /// Asks all workers to stop after their present step, and waits for them.
+    /// Stops the workers after their present step, the last started first, and waits for each: those that it may be waiting for still run.
     pub fn stop(self) {
-        self.stopping.store(true, Ordering::Release);
-        for (worker, _) in &self.threads {
+        for Running { worker, stopping, thread } in self.threads.into_iter().rev() {
+            stopping.store(true, Ordering::Release);
             worker.event().notify();
-        }
-        for (worker, thread) in self.threads {
             if thread.join().is_err() {
                 tracing::error!(worker = worker.name(), "the worker's thread panicked outside of a step");
             }
@@ -118,6 +122,71 @@ mod tests {
         fn event(&self) -> &Event {
             &self.0
         }
+    }
+
+    /// Serves whoever asks, as the checkpoint worker does.
+    #[derive(Default)]
+    struct Serving {
+        event: Event,
+        asked: AtomicU32,
+        served: AtomicU32,
+    }
+    impl Worker for Serving {
+        fn name(&self) -> &'static str {
+            "serving"
+        }
+        fn step(&self, _: u32) -> Result<Progress> {
+            self.served.store(self.asked.load(Ordering::Acquire), Ordering::Release);
+            Ok(Progress::Idle(None))
+        }
+        fn event(&self) -> &Event {
+            &self.event
+        }
+    }
+
+    /// A step that needs the other worker many times, and says if it is not served.
+    struct Asking {
+        event: Event,
+        serving: Arc<Serving>,
+        begun: std::sync::mpsc::Sender<()>,
+        outcome: std::sync::mpsc::Sender<bool>,
+    }
+    impl Worker for Asking {
+        fn name(&self) -> &'static str {
+            "asking"
+        }
+        fn step(&self, _: u32) -> Result<Progress> {
+            let _ = self.begun.send(());
+            let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+            let mut is_served = true;
+            for _ in 0..20_000 {
+                let asked = self.serving.asked.fetch_add(1, Ordering::AcqRel) + 1;
+                self.serving.event.notify();
+                while self.serving.served.load(Ordering::Acquire) < asked && is_served {
+                    is_served = std::time::Instant::now() < deadline;
+                    std::thread::yield_now();
+                }
+            }
+            let _ = self.outcome.send(is_served);
+            Ok(Progress::Idle(None))
+        }
+        fn event(&self) -> &Event {
+            &self.event
+        }
+    }
+
+    /// All workers were told to stop at once: a deletion that waited for a checkpoint then waited for ever, and close with it.
+    #[test]
+    fn a_worker_may_wait_for_an_earlier_one_until_it_has_stopped() {
+        let serving = Arc::new(Serving::default());
+        let (begun, has_begun) = std::sync::mpsc::channel();
+        let (outcome, outcomes) = std::sync::mpsc::channel();
+        let asking = Asking { event: Event::new(), serving: Arc::clone(&serving), begun, outcome };
+        let on_failure: OnFailure = Arc::new(|_, _| {});
+        let threads = WorkerThreads::start(&Env::real(), vec![serving, Arc::new(asking)], &on_failure).unwrap();
+        has_begun.recv().unwrap();
+        threads.stop();
+        assert_eq!(outcomes.try_iter().find(|is_served| !is_served), None);
     }
 
     #[test]
