@@ -1,6 +1,6 @@
 //! Direct I/O: between the caller's memory and the devices, with no copy in our cache, and coherent with it.
 //!
-//! **A direct read** takes no lock. It writes back what is dirty of its range, samples {no blocker inside, sequence of extent changes}, reads, and
+//! **A direct read** takes no lock, but that of the inode, shared, where the file is being made shorter. It writes back what is dirty of its range, samples {no blocker inside, sequence of extent changes}, reads, and
 //! requires the same sequence: then its bytes were the file's at one time. After [`ATTEMPTS`] failures it becomes a read through the cache, which
 //! waits for blockers and so always ends.
 //!
@@ -46,7 +46,7 @@ enum Target<'a> {
 
 impl Vfs {
     /// Reads into the caller's memory, past the cache: straight from the devices where offset, length and memory are aligned to blocks. Returns how
-    /// many bytes lie before the end of the file. Takes no lock.
+    /// many bytes lie before the end of the file.
     ///
     /// # Errors
     /// `EBADF`, `EISDIR`; `EIO` for damaged blocks.
@@ -59,34 +59,29 @@ impl Vfs {
         buffer: &mut [u8],
     ) -> Result<usize> {
         let handle = self.file_handle(node, handle)?;
-        let file = Self::file_of(&handle.inode)?;
-        let block = file.pages.block_bytes();
-        for _ in 0..super::RETRIES {
-            let size = handle.inode.size();
+        let block = Self::file_of(&handle.inode)?.pages.block_bytes();
+        let length = handle.inode.read_unshrunk(|size| {
             let length = size.saturating_sub(offset).min(buffer.len() as u64);
             let wanted = buffer.get_mut(..usize::try_from(length).unwrap_or(0)).unwrap_or_default();
             let is_aligned = offset.is_multiple_of(block) && wanted.as_ptr().align_offset(FOLIO_ALIGNMENT) == 0;
             let whole = if is_aligned { round_down(length, block) } else { 0 };
-            let (head, rest) = wanted.split_at_mut(usize::try_from(whole).unwrap_or(0));
+            let (head, mut rest) = wanted.split_at_mut(usize::try_from(whole).unwrap_or(0));
             if !head.is_empty() {
                 self.read_blocks(&handle, size, offset..offset + whole, Target::Buffer(head))?;
             }
             if !rest.is_empty() {
                 let mut pages = PageBatch::new();
                 self.read_range(&handle, size, offset + whole..offset + length, &mut pages)?;
-                let mut rest = rest;
                 for slice in pages.slices() {
                     let (now, later) = rest.split_at_mut(slice.len().min(rest.len()));
                     now.copy_from_slice(slice.get(..now.len()).unwrap_or_default());
                     rest = later;
                 }
             }
-            if handle.inode.size() >= offset.saturating_add(length).min(size) {
-                self.touch_access(&handle.inode, handle.flags);
-                return Ok(usize::try_from(length).unwrap_or(usize::MAX));
-            }
-        }
-        Err(Error::Posix(Errno::IO))
+            Ok::<_, Error>(length)
+        })?;
+        self.touch_access(&handle.inode, handle.flags);
+        Ok(usize::try_from(length).unwrap_or(usize::MAX))
     }
 
     /// Writes from the caller's memory, past the cache; returns how many bytes. Not durable before an fsync.
@@ -110,19 +105,16 @@ impl Vfs {
 
     /// A read request with the O_DIRECT bit: fresh pages, all up to the end of the file or an error.
     pub(super) fn read_direct(&self, handle: &Arc<Handle>, offset: u64, length: u64) -> Result<PageBatch> {
-        for _ in 0..super::RETRIES {
-            let size = handle.inode.size();
+        let pages = handle.inode.read_unshrunk(|size| {
             let end = size.min(offset.saturating_add(length));
             let mut pages = PageBatch::new();
             if offset < end {
                 self.read_range(handle, size, offset..end, &mut pages)?;
             }
-            if handle.inode.size() >= end {
-                self.touch_access(&handle.inode, handle.flags);
-                return Ok(pages);
-            }
-        }
-        Err(Error::Posix(Errno::IO))
+            Ok::<_, Error>(pages)
+        })?;
+        self.touch_access(&handle.inode, handle.flags);
+        Ok(pages)
     }
 
     /// Reads any range below `size` into fresh pages.
