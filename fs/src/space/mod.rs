@@ -27,6 +27,7 @@ mod trigger;
 use crate::alloc::capacity::reserved_ranges;
 use crate::alloc::references::ReuseMark;
 use crate::alloc::{Allocator, BucketKey, Reserves, Take};
+use crate::btree::CheckpointReason;
 use crate::device::BlockDevice;
 use crate::env::{Env, Event, Worker};
 use crate::error::{Error, Result};
@@ -45,6 +46,9 @@ use crate::units::{BucketIndex, DeviceIndex};
 pub use crate::alloc::{Allocation, BucketReferences, SpaceReservation, TestSwitches, Usage, Watermark, WritePoint};
 pub use nodes::{Half, NodeBucket};
 pub use trigger::SpaceTrigger;
+
+/// Checkpoints that are made for a bucket when nobody else can free one: some merge and move nodes, the next free what only those before used.
+const CHECKPOINTS_FOR_A_BUCKET: usize = 4;
 
 /// The space of one filesystem. See the module's documentation.
 pub struct Space {
@@ -239,27 +243,35 @@ impl Space {
     /// # Errors
     /// The device's, or damage.
     pub fn try_allocate(&self, point: WritePoint, bytes: u32, watermark: Watermark) -> Result<Option<Allocation>> {
-        loop {
-            match self.allocator.take(point, bytes, watermark) {
-                Take::Space(allocation) => return Ok(Some(allocation)),
-                Take::Refill => {
-                    self.allocator.refill(&store::Store::new(self))?;
-                }
-                Take::Full if self.free_now()? => {}
-                Take::Full => {
-                    if self.allocator.emptied_span().is_none() {
-                        // Copygc has used its reserve up and nothing is about to come back: whoever waits for it is told.
-                        self.copygc_exhausted.store(true, Ordering::SeqCst);
-                        self.allocator.changed().notify();
-                    }
-                    return Ok(None);
-                }
-            }
+        let taken = self.allocate_now(point, bytes, watermark)?;
+        if taken.is_none() && self.allocator.emptied_span().is_none() {
+            // Copygc has used its reserve up and nothing is about to come back: whoever waits for it is told.
+            self.copygc_exhausted.store(true, Ordering::SeqCst);
+            self.allocator.changed().notify();
         }
+        Ok(taken)
     }
 
-    /// Waits until it is worth trying again. First frees what it can itself.
+    /// Waits until it is worth trying again. First frees what it can itself. Where nobody can free a bucket any more, nodes in sparsely used
+    /// buckets may have taken copygc's own: then checkpoints give them back. No lock of a node or folio is held.
     fn wait_for_bucket(&self, point: WritePoint, watermark: Watermark) -> Result<()> {
+        let forest = self.transactions.forest();
+        for _ in 0..CHECKPOINTS_FOR_A_BUCKET {
+            match self.wait_for_others(point, watermark) {
+                Err(Error::NoSpace(_)) if forest.could_free_nodes() => {}
+                outcome => return outcome,
+            }
+            match forest.checkpoint(&*self.journal, CheckpointReason::Requested) {
+                Ok(_) | Err(Error::NoSpace(_)) => {}
+                // In simulation a running one may be below us on the stack.
+                Err(Error::Bug(_)) if self.env.is_simulated() => break,
+                Err(error) => return Err(error),
+            }
+        }
+        self.wait_for_others(point, watermark)
+    }
+
+    fn wait_for_others(&self, point: WritePoint, watermark: Watermark) -> Result<()> {
         if self.free_now()? {
             return Ok(());
         }
