@@ -55,11 +55,8 @@ impl Vfs {
         mode: i32,
     ) -> Result<()> {
         self.check_writable()?;
-        let handle = self.handles.get(handle)?;
+        let handle = self.file_handle(node, handle)?;
         let inode = &handle.inode;
-        if inode.number.0 != node {
-            return Err(Errno::BADF.into());
-        }
         if inode.file_type != FileType::Regular {
             return Err(Errno::NODEV.into());
         }
@@ -104,8 +101,8 @@ impl Vfs {
     /// Arms the handle: its next fallocate becomes what `input` says.
     pub(super) fn arm(&self, node: u64, handle: u64, input: &[u8]) -> Result<()> {
         self.check_writable()?;
-        let handle = self.handles.get(handle)?;
-        if handle.inode.number.0 != node || !handle.is_writable() {
+        let handle = self.file_handle(node, handle)?;
+        if !handle.is_writable() {
             return Err(Errno::BADF.into());
         }
         Self::file_of(&handle.inode)?;

@@ -3,7 +3,7 @@
 //! ```text
 //! inode lock, exclusive -> what must be in the tree first is written back
 //!   -> edge blocks, with their part of the range zeroed, go to fresh space       (still nothing has changed: an error loses nothing)
-//!   -> block -> drop all cached blocks, edges included -> one transaction, or a logged operation -> block given back
+//!   -> block -> drop the cached blocks inside, hold those of the edges -> one transaction, or a logged operation -> block given back
 //! ```
 //!
 //! So a fill sees the extents from before or from after, and a crash does too: a hole's edges are in the transaction that makes the hole.
@@ -45,10 +45,7 @@ impl Vfs {
     /// `EINVAL` for a range that is not so, `EPERM`, `EROFS`, `EBADF`.
     pub fn collapse_range(&self, node: u64, handle: u64, offset: u64, length: u64) -> Result<()> {
         self.check_writable()?;
-        let handle = self.handles.get(handle)?;
-        if handle.inode.number.0 != node {
-            return Err(Errno::BADF.into());
-        }
+        let handle = self.file_handle(node, handle)?;
         self.collapse_inode(&handle.inode, offset, length, None)
     }
 
@@ -59,10 +56,7 @@ impl Vfs {
     /// `EINVAL` for a range that is not so, `EFBIG`, `EPERM`, `EROFS`, `EBADF`.
     pub fn insert_range(&self, node: u64, handle: u64, offset: u64, length: u64) -> Result<()> {
         self.check_writable()?;
-        let handle = self.handles.get(handle)?;
-        if handle.inode.number.0 != node {
-            return Err(Errno::BADF.into());
-        }
+        let handle = self.file_handle(node, handle)?;
         self.insert_inode(&handle.inode, offset, length, None)
     }
 
@@ -200,10 +194,19 @@ impl Vfs {
         let edges = self.prepare_edges(inode, file, offset..end)?;
 
         let touched = round_down(offset, block)..round_up(end, block);
+        // Blocks that the range covers in part: held, so that nothing outside of the range is lost if the commit fails. What lies inside is cut out of
+        // the folios that reach over its ends first: no folio is locked twice.
+        let held_ranges = if whole.is_empty() {
+            [touched.clone(), touched.end..touched.end]
+        } else {
+            [touched.start..whole.start, whole.end..touched.end]
+        };
         let _replacing = self.replacing.read();
-        let guard = file.pages.block(touched.clone())?;
-        let dropped = pagecache::invalidate_range(&file.pages, &guard, touched)?;
+        let guard = file.pages.block(touched)?;
+        let dropped = pagecache::invalidate_range(&file.pages, &guard, whole.clone())?;
         self.give_back(file, dropped);
+        let hold = |range| pagecache::hold_range(&file.pages, &guard, range);
+        let held = held_ranges.into_iter().filter(|range| !range.is_empty()).map(hold).collect::<Result<Vec<_>>>()?;
         self.set_times_in_memory(inode, &SetAttributes::default(), self.env.now(), true);
         let update = |stored: &mut Inode| {
             stored.size = stored.size.max(grown_size);
@@ -213,6 +216,9 @@ impl Vfs {
         if let Some(stored) = &change.inode {
             inode.raise_size(grown_size);
             inode.refresh(stored, change.sequence);
+        }
+        for edge in held {
+            self.give_back(file, edge.discard());
         }
         drop(guard);
         Ok(())

@@ -52,11 +52,7 @@ impl Vfs {
         length: u64,
         pipe: BorrowedFd<'_>,
     ) -> Result<u64> {
-        self.check_alive()?;
-        let handle = self.handles.get(handle)?;
-        if handle.inode.number.0 != node {
-            return Err(Errno::BADF.into());
-        }
+        let handle = self.file_handle(node, handle)?;
         let pipe = Pipe::new(pipe)?;
         let mut fed = 0;
         while fed < length {
