@@ -135,8 +135,9 @@ impl Fsx {
             0..20 => self.read(),
             20..45 => self.write(),
             45..53 => self.truncate(),
-            53..65 => self.hole(),
-            65..71 => self.allocate(),
+            53..61 => self.hole(),
+            61..66 => self.shift(),
+            66..71 => self.allocate(),
             71..76 => self.copy(),
             76..84 => self.seek(),
             84..90 => self.sync(),
@@ -257,17 +258,46 @@ impl Fsx {
             _ => (PUNCH_HOLE | KEEP_SIZE, false),
         };
         self.tell(format!("fallocate {mode:#x} {start}..{end}"));
-        match self.fallocate(start, end, mode) {
-            // Not there yet.
-            Err(Error::Posix(Errno::OPNOTSUPP)) if mode & ZERO_RANGE != 0 => return Ok(()),
-            outcome => outcome?,
-        }
+        self.fallocate(start, end, mode)?;
         if grows {
             self.grow(end);
         }
         let end = end.min(self.model.len());
         if let Some(zeroed) = self.model.get_mut(start..end) {
             zeroed.fill(0);
+        }
+        Ok(())
+    }
+
+    /// Collapse or insert: refused as the kernel refuses it where the range is not whole blocks, reaches the end, or makes the file too long.
+    fn shift(&mut self) -> Result<()> {
+        let (start, end) = self.range(FILE_BYTES_MAX);
+        let collapses = self.below(2) == 0;
+        let size = self.model.len();
+        let (offset, length) = (start as u64, end.saturating_sub(start) as u64);
+        if !collapses && size + end.saturating_sub(start) > FILE_BYTES_MAX as usize {
+            return Ok(());
+        }
+        let what = if collapses { "collapse" } else { "insert" };
+        self.tell(format!("{what} {start}..{end}"));
+        let is_whole = length > 0 && offset.is_multiple_of(BLOCK) && length.is_multiple_of(BLOCK);
+        let is_inside = if collapses { end < size } else { start < size };
+        let outcome = if collapses {
+            self.vfs().collapse_range(self.node, self.handle, offset, length)
+        } else {
+            self.vfs().insert_range(self.node, self.handle, offset, length)
+        };
+        if !is_whole || !is_inside {
+            return match outcome {
+                Err(Error::Posix(Errno::INVAL)) => Ok(()),
+                outcome => Err(difference(format!("{what} should be refused: {outcome:?}"))),
+            };
+        }
+        outcome?;
+        if collapses {
+            self.model.drain(start..end);
+        } else {
+            self.model.splice(start..start, std::iter::repeat_n(0, end - start));
         }
         Ok(())
     }

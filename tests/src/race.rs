@@ -10,6 +10,7 @@
 
 use std::collections::VecDeque;
 use std::ffi::OsStr;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -71,14 +72,15 @@ pub struct RaceReport {
     pub churned: u64,
 }
 
-/// Content of a block: the stamp of an operation up to a byte, zeros behind it.
+/// Content of a block: the stamp that an operation gave to a block (this one, or one that has moved here) up to a byte, zeros behind it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Content {
     operation: u64,
+    block: u64,
     bytes: usize,
 }
 
-const ZEROS: Content = Content { operation: 0, bytes: 0 };
+const ZEROS: Content = Content { operation: 0, block: 0, bytes: 0 };
 
 fn stamp(file: u64, block: u64, operation: u64) -> Vec<u8> {
     let mut one = Vec::with_capacity(32);
@@ -165,7 +167,7 @@ impl RacingFile {
             let states = between(states, from, to);
             let fits = |content: &Content| {
                 let (stamped, zeros) = bytes.split_at(content.bytes.min(bytes.len()));
-                let expected = stamp(self.number, block, content.operation);
+                let expected = stamp(self.number, content.block, content.operation);
                 expected.starts_with(stamped) && zeros.iter().all(|&byte| byte == 0)
             };
             if !states.iter().any(fits) {
@@ -285,7 +287,8 @@ impl Race {
         let (first, count) = (actor.below(BLOCKS), 1 + actor.below(8));
         let range = first..(first + count).min(BLOCKS);
         let ids = (file.node, file.handle);
-        match actor.below(10) {
+        match actor.below(12) {
+            10 | 11 => return self.shift(actor, file, range),
             0..=3 => {
                 let append = actor.below(3) == 0;
                 let range = if append {
@@ -299,7 +302,7 @@ impl Race {
                 }
                 let operation = file.begun.load(Ordering::SeqCst) + 1;
                 let changes: Vec<_> =
-                    range.clone().map(|block| (block, Content { operation, bytes: BLOCK as usize })).collect();
+                    range.clone().map(|block| (block, Content { operation, block, bytes: BLOCK as usize })).collect();
                 let data: Vec<u8> = range.clone().flat_map(|block| stamp(file.number, block, operation)).collect();
                 let direct = actor.below(3) == 0;
                 actor.says(format!("write {range:?} of file {} of {size} bytes, direct {direct}", file.number));
@@ -316,15 +319,7 @@ impl Race {
                 let changes: Vec<_> = range.clone().map(|block| (block, ZEROS)).collect();
                 let operation = file.begin(size, &changes);
                 let length = (range.end - range.start) * BLOCK;
-                let outcome = match self.vfs().fallocate(&CALLER, ids.0, ids.1, range.start * BLOCK, length, mode) {
-                    // Not there yet.
-                    Err(Error::Posix(Errno::OPNOTSUPP)) => {
-                        let mode = PUNCH_HOLE | KEEP_SIZE;
-                        self.vfs().fallocate(&CALLER, ids.0, ids.1, range.start * BLOCK, length, mode)
-                    }
-                    outcome => outcome,
-                };
-                outcome?;
+                self.vfs().fallocate(&CALLER, ids.0, ids.1, range.start * BLOCK, length, mode)?;
                 file.ended.store(operation, Ordering::SeqCst);
             }
             7 | 8 => {
@@ -360,6 +355,39 @@ impl Race {
                 file.ended.store(operation, Ordering::SeqCst);
             }
         }
+        Ok(())
+    }
+
+    /// A collapse or an insert, where it is not refused.
+    fn shift(&self, actor: &mut Actor<'_>, file: &RacingFile, range: Range<u64>) -> Result<()> {
+        let (size, count) = (file.size(), range.end - range.start);
+        let collapses = actor.below(2) == 0;
+        let is_allowed = if collapses {
+            range.end * BLOCK < size
+        } else {
+            range.start * BLOCK < size && size + count * BLOCK <= BLOCKS * BLOCK
+        };
+        if !is_allowed {
+            return Ok(());
+        }
+        actor.says(format!("shift, collapse {collapses}, {range:?} of file {} of {size} bytes", file.number));
+        let moved = |block: u64| {
+            if collapses {
+                file.content(block + count)
+            } else {
+                block.checked_sub(count).filter(|&from| from >= range.start).map_or(ZEROS, |from| file.content(from))
+            }
+        };
+        let changes: Vec<_> = (range.start..BLOCKS).map(|block| (block, moved(block))).collect();
+        let new = if collapses { size - count * BLOCK } else { size + count * BLOCK };
+        let operation = file.begin(new, &changes);
+        let (offset, length) = (range.start * BLOCK, count * BLOCK);
+        if collapses {
+            self.vfs().collapse_range(file.node, file.handle, offset, length)?;
+        } else {
+            self.vfs().insert_range(file.node, file.handle, offset, length)?;
+        }
+        file.ended.store(operation, Ordering::SeqCst);
         Ok(())
     }
 

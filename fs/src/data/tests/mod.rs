@@ -10,6 +10,7 @@ mod reuse;
 use std::collections::BTreeMap;
 
 use super::*;
+use crate::alloc::TestSwitches;
 use crate::device::{DiscardMode, SimDevice, SimOptions};
 use crate::filesystem::format::test_geometry;
 use crate::filesystem::{Filesystem, OpenOptions};
@@ -87,7 +88,13 @@ impl Stack {
     }
 
     fn open(device: Arc<SimDevice>, env: Arc<Env>) -> Self {
-        let options = OpenOptions { env: Some(Arc::clone(&env)), cache_bytes: 64 << 20, ..OpenOptions::default() };
+        Self::open_with(device, env, TestSwitches::default())
+    }
+
+    /// With deliberate faults.
+    fn open_with(device: Arc<SimDevice>, env: Arc<Env>, switches: TestSwitches) -> Self {
+        let options =
+            OpenOptions { env: Some(Arc::clone(&env)), cache_bytes: 64 << 20, switches, ..OpenOptions::default() };
         let filesystem = Filesystem::open(vec![device.clone()], &options).unwrap();
         Self {
             device,
@@ -105,6 +112,13 @@ impl Stack {
         let (device, env) = (Arc::clone(&self.device), Arc::clone(&self.env));
         drop(self);
         Self::open(device, env)
+    }
+
+    /// The same, with deliberate faults.
+    pub fn reopened_with(self, switches: TestSwitches) -> Self {
+        let (device, env) = (Arc::clone(&self.device), Arc::clone(&self.env));
+        drop(self);
+        Self::open_with(device, env, switches)
     }
 
     /// Made durable, then the power is cut: opened from what the medium holds for certain.

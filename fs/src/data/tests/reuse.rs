@@ -24,8 +24,8 @@ fn reuse_everything(filesystem: &Arc<Filesystem>, victim: InodeNumber, other: In
     }
 }
 
-fn read_while_reused(place: &'static str) -> (Vec<u8>, Vec<u8>, Arc<Metrics>) {
-    let stack = Stack::new(options(Compression::NONE, ChecksumKind::None), 4);
+fn read_while_reused(place: &'static str, switches: TestSwitches) -> (Vec<u8>, Vec<u8>, Arc<Metrics>) {
+    let stack = Stack::new(options(Compression::NONE, ChecksumKind::None), 4).reopened_with(switches);
     let (victim, other) = (stack.create(9), stack.create(10));
     let content = noise(50 * BLOCK as usize, 1);
     stack.write(victim, &content, 0, content.len() as u64);
@@ -38,7 +38,7 @@ fn read_while_reused(place: &'static str) -> (Vec<u8>, Vec<u8>, Arc<Metrics>) {
 
 #[test]
 fn what_is_freed_before_the_reference_is_looked_up_again() {
-    let (bytes, _, metrics) = read_while_reused("looked up");
+    let (bytes, _, metrics) = read_while_reused("looked up", TestSwitches::default());
     assert!(bytes.iter().all(|&byte| byte == 0), "the file was empty by then");
     assert!(metrics.buckets_emptied.get() > 3);
 }
@@ -46,6 +46,13 @@ fn what_is_freed_before_the_reference_is_looked_up_again() {
 #[test]
 fn what_is_referenced_is_not_rewritten() {
     // It was looked up before the deletion, and it is whole.
-    let (bytes, content, _) = read_while_reused("submitting");
+    let (bytes, content, _) = read_while_reused("submitting", TestSwitches::default());
     assert!(bytes == content, "a bucket was rewritten under its reader");
+}
+
+#[test]
+fn without_the_references_the_reuse_is_seen() {
+    let switches = TestSwitches { no_bucket_references: true, ..TestSwitches::default() };
+    let (bytes, content, _) = read_while_reused("submitting", switches);
+    assert!(bytes != content, "the test would not notice lost references");
 }
