@@ -141,7 +141,13 @@ fn inspect(arguments: &Arguments) -> Result<Option<Existing>> {
     let target = &arguments.target;
     let metadata = match fs::metadata(target) {
         Ok(metadata) => metadata,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            let folder = target.parent().filter(|folder| !folder.as_os_str().is_empty());
+            match folder.filter(|folder| !folder.exists()) {
+                Some(folder) => bail!("folder {0} does not exist: `mkdir -p {0}` makes it", folder.display()),
+                None => return Ok(None),
+            }
+        }
         Err(error) => return Err(error).with_context(|| format!("looking at {}", target.display())),
     };
     if metadata.is_dir() {

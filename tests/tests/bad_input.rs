@@ -172,6 +172,7 @@ fn wrong_targets_mountpoints_and_options() {
     refused(&["fsck", "-n"], &[&absent], &[&absent.display().to_string()]);
     refused(&["mkfs"], &[&absent], &["--size"]);
     assert!(!absent.exists());
+    refused(&["mkfs", "--size", "128M"], &[&absent.join("disk.img")], &["does not exist", "mkdir -p"]);
     // A mountpoint that is none.
     refused(&["mount"], &[&image, &absent], &["does not exist", "mkdir"]);
     refused(&["mount"], &[&image, &image], &["not a directory"]);
