@@ -122,7 +122,12 @@ fn overwriting_at_eighty_percent_then_full_then_empty() {
     site.mount("");
     let after = settle(&site);
     let keys = 512 * mebibytes * 1024 * 1024 / (256 << 10);
-    assert!(after + keys + (1 << 20) >= empty, "{} bytes are lost", i128::from(empty) - i128::from(after));
+    assert!(
+        after + keys + (1 << 20) >= empty,
+        "{} bytes are lost, {} are nodes'",
+        i128::from(empty) - i128::from(after),
+        site.usage("metadata_bytes")
+    );
     for round in 0..2 {
         for number in 0..40 {
             fs::write(site.mnt().join(format!("again {number}")), &chunk).unwrap();
