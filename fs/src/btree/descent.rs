@@ -132,6 +132,7 @@ impl Forest {
         let bytes = node.content.read().memory_bytes();
         let present = self.cache.insert(Arc::clone(&node), bytes);
         if Arc::ptr_eq(&present, &node) {
+            self.note_tiny(&node, &mut node.content.write());
             self.list_if_dirty(&node);
         }
         Ok(Some(present))

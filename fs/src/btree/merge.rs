@@ -20,6 +20,9 @@ const MERGES_MIN: usize = 4;
 /// From so much of the cap on dirty nodes on it makes no more: they make nodes dirty, and the reserve is for the cap.
 const MERGE_DIRTY_PERMILLE: u64 = 500;
 
+/// A node with less than this part of the capacity in it is nearly empty.
+const TINY_PART: usize = 16;
+
 impl Forest {
     /// Remembers a node that has shrunk, once until it is looked at. Its content is locked by the caller.
     pub(super) fn note_small(&self, node: &Node, content: &mut Content) {
@@ -74,6 +77,20 @@ impl Forest {
         Ok(())
     }
 
+    /// Whether what two neighbours hold fits one node with room to spare. A nearly empty one goes into one that is fuller.
+    fn may_merge(&self, left_bytes: usize, right_bytes: usize) -> bool {
+        let capacity = self.limits.capacity_bytes;
+        let is_tiny = left_bytes.min(right_bytes) < capacity / TINY_PART;
+        left_bytes + right_bytes <= if is_tiny { capacity / 4 * 3 } else { capacity / 2 }
+    }
+
+    /// Remembers a node that has just been read, if it is nearly empty: nobody may be left who remembers when it shrank.
+    pub(super) fn note_tiny(&self, node: &Node, content: &mut Content) {
+        if content.live_bytes < self.limits.capacity_bytes / TINY_PART {
+            self.note_small(node, content);
+        }
+    }
+
     /// Merges two neighbours if they are still that, and fit a node with room to spare. Returns whether it did.
     fn merge(&self, parent: &Arc<Node>, left: &Arc<Node>, right: &Arc<Node>) -> bool {
         let _structure = self.structure.read();
@@ -91,7 +108,7 @@ impl Forest {
             && first.limit == Some(right_at)
             && Self::points_to(&above, left_at, left.id)
             && Self::points_to(&above, right_at, right.id);
-        if !in_place || first.live_bytes + second.live_bytes > self.limits.capacity_bytes / 2 {
+        if !in_place || !self.may_merge(first.live_bytes, second.live_bytes) {
             return false;
         }
         let mut content = Content::empty(left.level, self.limits, left_at, second.limit);

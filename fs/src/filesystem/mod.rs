@@ -21,7 +21,7 @@ use crate::btree::{CheckpointReason, Forest, Opening};
 use crate::data::Data;
 use crate::device::{BlockDevice, CheckedDevice};
 use crate::env::Env;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::format::superblock::Superblock;
 use crate::journal::{Journal, Totals};
 use crate::metrics::Metrics;
@@ -192,9 +192,26 @@ impl Filesystem {
         let finished = if self.read_only || self.latched().is_some() {
             Ok(())
         } else {
-            self.journal.close().and_then(|()| self.take_checkpoint(CheckpointReason::Close))
+            self.give_nodes_back()
+                .and_then(|()| self.journal.close())
+                .and_then(|()| self.take_checkpoint(CheckpointReason::Close))
         };
         closed.and(finished)
+    }
+
+    /// Merges what deletions left of nodes: what is known of them is in memory alone, so after the next mount they would stay as they are.
+    fn give_nodes_back(&self) -> Result<()> {
+        for _ in 0..CLOSE_CHECKPOINTS_MAX {
+            if !self.forest().could_free_nodes() {
+                break;
+            }
+            match self.take_checkpoint(CheckpointReason::Requested) {
+                Ok(()) => {}
+                Err(Error::NoSpace(_)) => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
     }
 
     /// Reads the superblock of an image or disk, and nothing else.
@@ -206,6 +223,8 @@ impl Filesystem {
     }
 }
 
+/// Checkpoints that closing makes, at most, to give node space back.
+const CLOSE_CHECKPOINTS_MAX: u32 = 8;
 /// How often a worker that has nothing to do looks whether it has.
 const CHECKPOINT_IDLE: Duration = Duration::from_secs(30);
 

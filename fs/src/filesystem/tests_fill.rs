@@ -258,6 +258,29 @@ fn comes_back(filesystem: &Filesystem, filler: &Filler<'_>, available: u64) -> u
 }
 
 #[test]
+fn what_is_deleted_just_before_an_unmount_is_there_after_the_mount() {
+    with_watchdog(|watched| {
+        let device = formatted(128 * MIB);
+        let filesystem = watched.open(&device, 16 << 20);
+        let available = filesystem.usage().available_bytes;
+        let filler = Filler { vfs: filesystem.vfs(), watched };
+        for index in 0..12_000 {
+            filler.write_file(ROOT, &format!("file {index}"), 100);
+        }
+        filesystem.sync().unwrap();
+        filler.empty(ROOT);
+        filesystem.vfs().wait_for_deletions().unwrap();
+        let nodes = filesystem.usage().node_bytes;
+        filesystem.close().unwrap();
+        let again = watched.open(&device, 16 << 20);
+        let tolerance = 12 * 2 * u64::from(again.superblock().geometry.node_bytes);
+        let usage = again.usage();
+        assert!(usage.available_bytes + tolerance >= available, "{available} bytes, {nodes} of nodes; now {usage:#?}");
+        again.close().unwrap();
+    });
+}
+
+#[test]
 fn what_df_offers_can_be_written_to_one_file_and_comes_back() {
     with_watchdog(|watched| {
         for size in [128 * MIB, 320 * MIB] {
