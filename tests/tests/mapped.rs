@@ -429,7 +429,9 @@ fn one_bad_block_is_one_error() {
         drop(mapping);
         assert_eq!(fs::metadata(&path).unwrap().len(), FILE_BYTES as u64, "{mode}: the size stays");
         drop((file, direct, buffer));
-        // Damage is logged as an error, as it should be: the log is not looked at here.
+        let log = fs::read_to_string(site.path("log")).unwrap();
+        assert_eq!(log.matches("/file cannot be read").count(), 1, "{mode}: said once, with the path:\n{log}");
+        // What is left of it would be taken for a fault of the daemon's.
         fs::remove_file(site.path("log")).unwrap();
         site.unmount();
     }

@@ -508,7 +508,8 @@ impl Data {
 
     fn report_damage(&self, inode: InodeNumber, offset: u64, error: &Error) {
         self.metrics.data_checksum_errors.increment();
-        tracing::error!(inode = inode.0, offset, "file data cannot be read: {error}");
+        // Whoever asked for it says so to people, with the file's path.
+        tracing::debug!(inode = inode.0, offset, "file data cannot be read: {error}");
     }
 }
 

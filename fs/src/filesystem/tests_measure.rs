@@ -72,6 +72,14 @@ fn scheduling_noise(during: Duration, is_over: &std::sync::atomic::AtomicBool) -
     worst
 }
 
+/// In the full form: no commit waited for a checkpoint longer than 20 ms, or three times what the machine itself made a thread wait.
+fn waits_are_short(site: &Site, noise: Duration) {
+    let waited = ["transaction.room_wait_max_us", "transaction.lock_wait_max_us"].map(|name| site.counted(name));
+    let longest = Duration::from_micros(waited.into_iter().max().unwrap());
+    let allowed = (noise * 3).max(Duration::from_millis(20));
+    assert!(keys() < 1_000_000 || longest <= allowed, "a commit waited {longest:?}, {allowed:?} are allowed");
+}
+
 /// Random blocks over a file of as many extents: nodes are appended to, not rewritten, and no commit waits long for a checkpoint.
 #[test]
 fn random_blocks_over_many_extents_append_to_nodes() {
@@ -122,6 +130,7 @@ fn random_blocks_over_many_extents_append_to_nodes() {
         site.counted("transaction.lock_wait_max_us"),
     );
     assert!(appends > 0 && rewrites * 4 < appends, "{appends} appends, {rewrites} rewrites");
+    waits_are_short(&site, noise);
     site.filesystem.close().unwrap();
 }
 
@@ -181,5 +190,6 @@ fn writers_on_different_leaves_never_wait_for_each_other() {
     );
     // A checkpoint takes a leaf's lock for a moment, too: that is not the other writer.
     assert!(contended <= 2 * site.counted("checkpoint.count"), "{contended} times a writer found its leaf locked");
+    waits_are_short(&site, noise);
     site.filesystem.close().unwrap();
 }

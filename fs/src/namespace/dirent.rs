@@ -78,7 +78,7 @@ pub(super) fn is_dots(name: &[u8]) -> bool {
 }
 
 impl Namespace {
-    fn bucket(
+    pub(super) fn bucket(
         &self,
         transaction: &mut Transaction<'_>,
         directory: InodeNumber,

@@ -21,6 +21,7 @@ mod dirent;
 mod inode;
 mod operations;
 mod orphan;
+mod path;
 mod rename;
 mod view;
 mod xattr;

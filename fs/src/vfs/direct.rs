@@ -79,7 +79,8 @@ impl Vfs {
                 }
             }
             Ok::<_, Error>(length)
-        })?;
+        });
+        let length = length.inspect_err(|error| self.tell_of_damage(handle.inode.number, error))?;
         self.touch_access(&handle.inode, handle.flags);
         Ok(usize::try_from(length).unwrap_or(usize::MAX))
     }
@@ -112,7 +113,8 @@ impl Vfs {
                 self.read_range(handle, size, offset..end, &mut pages)?;
             }
             Ok::<_, Error>(pages)
-        })?;
+        });
+        let pages = pages.inspect_err(|error| self.tell_of_damage(handle.inode.number, error))?;
         self.touch_access(&handle.inode, handle.flags);
         Ok(pages)
     }

@@ -169,6 +169,9 @@ impl Vfs {
             end_of_file: size,
         };
         let outcome = pagecache::read_iter(&context, offset, length, sink);
+        if let Some(error) = &outcome.error {
+            self.tell_of_damage(handle.inode.number, error);
+        }
         if outcome.bytes > 0 {
             self.touch_access(&handle.inode, handle.flags);
         }
@@ -273,11 +276,12 @@ impl Vfs {
             return Err(Errno::PERM.into());
         }
         // What the kernel's page cache has delayed is no direct write, whatever the handle says.
-        let bytes = if request.direct && !request.from_page_cache {
-            self.write_direct(&inode, at, request.data, request.clear_set_id)?
+        let written = if request.direct && !request.from_page_cache {
+            self.write_direct(&inode, at, request.data, request.clear_set_id)
         } else {
-            self.write_bytes(&inode, at, request.data, request.clear_set_id, request.from_page_cache)?
+            self.write_bytes(&inode, at, request.data, request.clear_set_id, request.from_page_cache)
         };
+        let bytes = written.inspect_err(|error| self.tell_of_damage(inode.number, error))?;
         if (request.synchronous && !request.from_page_cache) || flags & FLAG_SYNC != 0 || self.is_synchronous() {
             self.make_durable(&inode, true)?;
         }

@@ -17,6 +17,7 @@
 mod attributes;
 mod caller;
 mod copy;
+mod damage;
 mod deletion;
 mod direct;
 mod fallocate;
@@ -149,6 +150,7 @@ pub struct Vfs {
     allocator: InodeAllocator,
     table: inode_table::InodeTable,
     handles: handle::Handles,
+    told: damage::Told,
     delayed_times: writeback::DelayedTimes,
     deletions: deletion::Deletions,
     landing: landing::Landing,
@@ -185,6 +187,7 @@ impl Vfs {
             allocator,
             table: inode_table::InodeTable::new(config.options.inodes_max),
             handles: handle::Handles::default(),
+            told: damage::Told::default(),
             delayed_times: writeback::DelayedTimes::default(),
             deletions: deletion::Deletions::default(),
             landing: landing::Landing::default(),

@@ -104,8 +104,9 @@ impl Vfs {
             }
             let outcome = read_iter(&context, at, range.end - at, &mut pages);
             at += outcome.bytes;
-            if outcome.error.is_some() {
-                return Ok(Collected { pages, error: outcome.error });
+            if let Some(error) = outcome.error {
+                self.tell_of_damage(handle.inode.number, &error);
+                return Ok(Collected { pages, error: Some(error) });
             }
         }
         self.touch_access(&handle.inode, handle.flags);
