@@ -8,6 +8,8 @@
 //! Rules for code that waits: hold no lock that a worker takes (the contracts of `DESIGN.md`, lock order), and make
 //! what is waited for observable through the closure, since a wake-up may be spurious.
 
+pub mod blocking;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -119,6 +121,9 @@ impl Event {
     /// through [`Env::wait`].
     #[cfg(not(loom))]
     pub fn wait_past(&self, seen: u64, timeout: Option<Duration>) {
+        if self.generation() == seen {
+            blocking::about_to_wait();
+        }
         let mut generation = self.generation.lock();
         match timeout {
             None => {

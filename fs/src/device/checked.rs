@@ -12,6 +12,7 @@
 use std::fmt;
 
 use super::{BlockDevice, ReadRequest, WriteRequest};
+use crate::env::blocking;
 use crate::error::{Error, Result};
 use crate::metrics::Metrics;
 use crate::sync::atomic::{AtomicBool, Ordering};
@@ -74,6 +75,7 @@ impl CheckedDevice {
     /// Runs a changing operation between two looks at the latch.
     fn guarded(&self, operation: impl FnOnce() -> Result<()>) -> Result<()> {
         self.check_latch()?;
+        blocking::about_to_wait();
         match operation() {
             Ok(()) => self.check_latch(),
             // Refused before anything was sent to the medium: nothing is in doubt.
@@ -111,6 +113,7 @@ impl BlockDevice for CheckedDevice {
 
     fn read_batch(&self, requests: &mut [ReadRequest<'_>], landed: &mut dyn FnMut(usize, Result<()>)) {
         self.metrics.device_bytes_read.add(requests.iter().map(|request| request.buffer.len() as u64).sum());
+        blocking::about_to_wait();
         self.inner.read_batch(requests, landed);
     }
 

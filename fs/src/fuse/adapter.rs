@@ -25,6 +25,7 @@ use fuser::{
 };
 
 use super::attributes::{self, LIFETIME};
+use super::crew::{Crew, Work};
 use super::init::{self, Negotiated};
 use super::launder::Launderer;
 use super::operations::{Operations, PageBatch};
@@ -50,6 +51,7 @@ pub(super) struct Adapter<O: Operations> {
     negotiated: Arc<Mutex<Negotiated>>,
     phantoms: Phantoms,
     launderer: Launderer,
+    crew: Arc<Crew>,
 }
 
 /// Lookups that the kernel will give back though none was counted: entries of readdirplus without attributes (see
@@ -90,9 +92,10 @@ impl<O: Operations> Adapter<O> {
         cache: CacheMode,
         negotiated: Arc<Mutex<Negotiated>>,
         notifier: Arc<OnceLock<Notifier>>,
+        crew: Arc<Crew>,
     ) -> Self {
         let launderer = Launderer::new(notifier);
-        Self { operations, cache, negotiated, phantoms: Phantoms::default(), launderer }
+        Self { operations, cache, negotiated, phantoms: Phantoms::default(), launderer, crew }
     }
 
     /// Runs one request.
@@ -110,6 +113,13 @@ impl<O: Operations> Adapter<O> {
             CacheMode::Daemon => FopenFlags::FOPEN_DIRECT_IO,
         }
     }
+}
+
+/// Bytes of a transfer above which its copy alone takes long.
+const QUICK_BYTES_MAX: u64 = 64 << 10;
+
+fn of_bytes(bytes: u64) -> Work {
+    if bytes > QUICK_BYTES_MAX { Work::Long } else { Work::Quick }
 }
 
 /// Runs one request; see invariant 1. The filesystem is latched before the answer is sent.
@@ -218,6 +228,7 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
     fn destroy(&mut self) {}
 
     fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let _shift = self.crew.enter(Work::Quick);
         match self.run("lookup", |operations| operations.lookup(&caller(request, 0), parent.0, name)) {
             Ok(Lookup::Found(entry)) => reply_entry(reply, Ok(entry)),
             Ok(Lookup::Absent) => {
@@ -228,6 +239,7 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
     }
 
     fn forget(&self, _: &Request, node: INodeNo, lookups: u64) {
+        let _shift = self.crew.enter(Work::Quick);
         let counted = self.phantoms.take_off(node.0, lookups);
         if counted > 0 {
             let _ = self.run("forget", |operations| {
@@ -238,6 +250,7 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
     }
 
     fn getattr(&self, request: &Request, node: INodeNo, handle: Option<FileHandle>, reply: ReplyAttr) {
+        let _shift = self.crew.enter(Work::Quick);
         let handle = handle.map(|handle| handle.0);
         reply_attributes(
             reply,
@@ -263,6 +276,7 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
         _: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
+        let _shift = self.crew.enter(if size.is_some() { Work::Long } else { Work::Quick });
         let changes = SetAttributes {
             mode,
             uid,
@@ -280,6 +294,7 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
     }
 
     fn readlink(&self, request: &Request, node: INodeNo, reply: ReplyData) {
+        let _shift = self.crew.enter(Work::Quick);
         match self.run("readlink", |operations| operations.readlink(&caller(request, 0), node.0)) {
             Ok(target) => reply.data(&target),
             Err(errno) => reply.error(errno),
@@ -296,6 +311,7 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
         device: u32,
         reply: ReplyEntry,
     ) {
+        let _shift = self.crew.enter(Work::Quick);
         reply_entry(
             reply,
             self.run("mknod", |operations| operations.mknod(&caller(request, umask), parent.0, name, mode, device)),
@@ -303,6 +319,7 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
     }
 
     fn mkdir(&self, request: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, reply: ReplyEntry) {
+        let _shift = self.crew.enter(Work::Quick);
         reply_entry(
             reply,
             self.run("mkdir", |operations| operations.mkdir(&caller(request, umask), parent.0, name, mode)),
@@ -310,14 +327,17 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
     }
 
     fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let _shift = self.crew.enter(Work::Quick);
         reply_empty(reply, self.run("unlink", |operations| operations.unlink(&caller(request, 0), parent.0, name)));
     }
 
     fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let _shift = self.crew.enter(Work::Quick);
         reply_empty(reply, self.run("rmdir", |operations| operations.rmdir(&caller(request, 0), parent.0, name)));
     }
 
     fn symlink(&self, request: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
+        let _shift = self.crew.enter(Work::Quick);
         let target = target.as_os_str().as_bytes();
         reply_entry(
             reply,
@@ -335,6 +355,7 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
         flags: RenameFlags,
         reply: ReplyEmpty,
     ) {
+        let _shift = self.crew.enter(Work::Long);
         reply_empty(
             reply,
             self.run("rename", |operations| {
@@ -344,10 +365,12 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
     }
 
     fn link(&self, request: &Request, node: INodeNo, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let _shift = self.crew.enter(Work::Quick);
         reply_entry(reply, self.run("link", |operations| operations.link(&caller(request, 0), node.0, parent.0, name)));
     }
 
     fn open(&self, request: &Request, node: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let _shift = self.crew.enter(Work::Quick);
         match self.run("open", |operations| operations.open(&caller(request, 0), node.0, flags.0)) {
             Ok(opened) => reply.opened(FileHandle(opened.handle), self.open_flags(flags.0)),
             Err(errno) => reply.error(errno),
@@ -365,6 +388,7 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
         owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
+        let _shift = self.crew.enter(of_bytes(u64::from(size)));
         let read = ReadRequest {
             node: node.0,
             handle: handle.0,
@@ -395,6 +419,7 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
         _: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
+        let _shift = self.crew.enter(of_bytes(data.len() as u64));
         // A delayed write's handle is a guess, and so are its flags.
         let from_page_cache = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
         let flag = |bits: i32| !from_page_cache && flags.0 & bits != 0;
@@ -416,6 +441,7 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
     }
 
     fn flush(&self, request: &Request, node: INodeNo, handle: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+        let _shift = self.crew.enter(Work::Long);
         match self.run("flush", |operations| operations.flush(&caller(request, 0), node.0, handle.0)) {
             // See invariant 2.
             Ok(()) if self.cache != CacheMode::Writeback => reply.error(Errno::ENOSYS),
@@ -433,10 +459,12 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
         _: bool,
         reply: ReplyEmpty,
     ) {
+        let _shift = self.crew.enter(Work::Quick);
         reply_empty(reply, self.run("release", |operations| operations.release(node.0, handle.0)));
     }
 
     fn fsync(&self, request: &Request, node: INodeNo, handle: FileHandle, data_only: bool, reply: ReplyEmpty) {
+        let _shift = self.crew.enter(Work::Long);
         reply_empty(
             reply,
             self.run("fsync", |operations| operations.fsync(&caller(request, 0), node.0, handle.0, data_only)),
@@ -444,6 +472,7 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
     }
 
     fn opendir(&self, request: &Request, node: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let _shift = self.crew.enter(Work::Quick);
         match self.run("opendir", |operations| operations.opendir(&caller(request, 0), node.0, flags.0)) {
             Ok(opened) => reply.opened(FileHandle(opened.handle), FopenFlags::empty()),
             Err(errno) => reply.error(errno),
@@ -451,6 +480,7 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
     }
 
     fn readdir(&self, request: &Request, node: INodeNo, handle: FileHandle, cookie: u64, mut reply: ReplyDirectory) {
+        let _shift = self.crew.enter(Work::Quick);
         let mut accepted = 0_u64;
         let result = self.run("readdir", |operations| {
             operations.readdir(&caller(request, 0), node.0, handle.0, cookie, &mut |entry| {
@@ -476,6 +506,7 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
         cookie: u64,
         mut reply: ReplyDirectoryPlus,
     ) {
+        let _shift = self.crew.enter(Work::Quick);
         let mut accepted = 0_u64;
         let result = self.run("readdirplus", |operations| {
             operations.readdirplus(&caller(request, 0), node.0, handle.0, cookie, &mut |name, entry| {
@@ -505,10 +536,12 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
     }
 
     fn releasedir(&self, _: &Request, node: INodeNo, handle: FileHandle, _: OpenFlags, reply: ReplyEmpty) {
+        let _shift = self.crew.enter(Work::Quick);
         reply_empty(reply, self.run("releasedir", |operations| operations.releasedir(node.0, handle.0)));
     }
 
     fn fsyncdir(&self, request: &Request, node: INodeNo, handle: FileHandle, data_only: bool, reply: ReplyEmpty) {
+        let _shift = self.crew.enter(Work::Long);
         reply_empty(
             reply,
             self.run("fsyncdir", |operations| operations.fsyncdir(&caller(request, 0), node.0, handle.0, data_only)),
@@ -516,6 +549,7 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
     }
 
     fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
+        let _shift = self.crew.enter(Work::Quick);
         match self.run("statfs", Operations::statistics) {
             Ok(found) => reply.statfs(
                 found.blocks,
@@ -541,6 +575,7 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
         _: u32,
         reply: ReplyEmpty,
     ) {
+        let _shift = self.crew.enter(Work::Quick);
         reply_empty(
             reply,
             self.run("setxattr", |operations| operations.set_xattr(&caller(request, 0), node.0, name, value, flags)),
@@ -548,6 +583,7 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
     }
 
     fn getxattr(&self, request: &Request, node: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        let _shift = self.crew.enter(Work::Quick);
         reply_sized(
             reply,
             size,
@@ -556,6 +592,7 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
     }
 
     fn listxattr(&self, request: &Request, node: INodeNo, size: u32, reply: ReplyXattr) {
+        let _shift = self.crew.enter(Work::Quick);
         reply_sized(
             reply,
             size,
@@ -564,6 +601,7 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
     }
 
     fn removexattr(&self, request: &Request, node: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let _shift = self.crew.enter(Work::Quick);
         reply_empty(
             reply,
             self.run("removexattr", |operations| operations.remove_xattr(&caller(request, 0), node.0, name)),
@@ -572,6 +610,7 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
 
     /// Never asked with `default_permissions`.
     fn access(&self, _: &Request, _: INodeNo, _: AccessFlags, reply: ReplyEmpty) {
+        let _shift = self.crew.enter(Work::Quick);
         reply.ok();
     }
 
@@ -585,6 +624,7 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
         flags: i32,
         reply: ReplyCreate,
     ) {
+        let _shift = self.crew.enter(Work::Quick);
         match self.run("create", |operations| operations.create(&caller(request, umask), parent.0, name, mode, flags)) {
             Ok((entry, opened)) => reply.created(
                 &attributes::lifetime(&entry.attributes),
@@ -610,6 +650,7 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
         _: u32,
         reply: ReplyLock,
     ) {
+        let _shift = self.crew.enter(Work::Quick);
         reply.error(Errno::EOPNOTSUPP);
     }
 
@@ -627,11 +668,13 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
         _: bool,
         reply: ReplyEmpty,
     ) {
+        let _shift = self.crew.enter(Work::Quick);
         reply.error(Errno::EOPNOTSUPP);
     }
 
     /// Never asked: only for filesystems with a block device of the kernel's.
     fn bmap(&self, _: &Request, _: INodeNo, _: u32, _: u64, reply: ReplyBmap) {
+        let _shift = self.crew.enter(Work::Quick);
         reply.error(Errno::EOPNOTSUPP);
     }
 
@@ -646,6 +689,7 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
         output_bytes_max: u32,
         reply: ReplyIoctl,
     ) {
+        let _shift = self.crew.enter(Work::Long);
         let ioctl = IoctlRequest {
             node: node.0,
             handle: handle.0,
@@ -674,6 +718,7 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
         _: PollFlags,
         reply: ReplyPoll,
     ) {
+        let _shift = self.crew.enter(Work::Quick);
         let ready = PollEvents::POLLIN | PollEvents::POLLOUT | PollEvents::POLLRDNORM | PollEvents::POLLWRNORM;
         reply.poll(events & ready);
     }
@@ -688,6 +733,7 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
         mode: i32,
         reply: ReplyEmpty,
     ) {
+        let _shift = self.crew.enter(Work::Long);
         reply_empty(
             reply,
             self.run("fallocate", |operations| {
@@ -697,6 +743,7 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
     }
 
     fn lseek(&self, request: &Request, node: INodeNo, handle: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
+        let _shift = self.crew.enter(Work::Long);
         let what = match whence {
             libc::SEEK_DATA => Seek::Data,
             libc::SEEK_HOLE => Seek::Hole,
@@ -733,6 +780,7 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
         _: CopyFileRangeFlags,
         reply: ReplyWrite,
     ) {
+        let _shift = self.crew.enter(Work::Long);
         let copy = CopyRequest {
             source_node: source.0,
             source_handle: source_handle.0,

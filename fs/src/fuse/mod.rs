@@ -12,6 +12,7 @@
 mod adapter;
 mod attributes;
 pub mod client;
+mod crew;
 mod init;
 mod launder;
 mod memory_filesystem;

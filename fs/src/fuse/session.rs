@@ -5,6 +5,7 @@ use std::sync::OnceLock;
 use fuser::{Config, SessionACL};
 
 use super::adapter::Adapter;
+use super::crew::Crew;
 use super::init::Negotiated;
 use super::mounts::{self, MountRequest, Mounted};
 use super::operations::Operations;
@@ -49,7 +50,9 @@ impl<O: Operations> Session<O> {
         let (connection, mounted) = mounts::mount(request)?;
         let negotiated = Arc::new(Mutex::new(Negotiated::default()));
         let notifier = Arc::new(OnceLock::new());
-        let adapter = Adapter::new(operations, settings.cache, Arc::clone(&negotiated), Arc::clone(&notifier));
+        let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let crew = Crew::new(settings.threads.max(1), processors);
+        let adapter = Adapter::new(operations, settings.cache, Arc::clone(&negotiated), Arc::clone(&notifier), crew);
         // With the kernel's permission checks switched on, this is about which user's requests fuser lets through at all.
         let acl = if request.allow_other { SessionACL::All } else { SessionACL::Owner };
         let mut config = Config::default();
