@@ -9,12 +9,13 @@ use std::path::PathBuf;
 use coppicefs::options::CompressionChoice;
 use coppicefs_tests::crash::seed_or;
 use coppicefs_tests::fsx::{FsxOptions, run};
-use coppicefs_tests::limit::{Limit, finish};
+use coppicefs_tests::limit::{Limit, finish, lengthen};
 use coppicefs_tests::mount::{Site, command, count};
 
 fn in_process(compression: CompressionChoice) {
-    let _limit = Limit::new();
     let operations = count("COPPICE_FSX_OPERATIONS", 8000);
+    lengthen(1 + operations / 100_000);
+    let _limit = Limit::new();
     let first = seed_or(1);
     for seed in first..first + 4 {
         let options = FsxOptions { seed, operations: operations / 4, compression };
@@ -71,7 +72,9 @@ fn on_a_mount(mount_options: &str) {
     let Some(site) = Site::formatted("256M", &[]) else { return };
     let configuration = site.path("fsx.toml");
     std::fs::write(&configuration, CONFIGURATION).unwrap();
-    let operations = count("COPPICE_FSX_OPERATIONS", 400).to_string();
+    let operations = count("COPPICE_FSX_OPERATIONS", 400);
+    lengthen(1 + operations / 10_000);
+    let operations = operations.to_string();
     let first = seed_or(1);
     site.mount(mount_options);
     for seed in first..first + 2 {
@@ -92,12 +95,20 @@ fn on_a_mount(mount_options: &str) {
 
 #[test]
 fn fsx_on_a_mount_that_the_kernel_caches() {
-    on_a_mount("cache=kernel,cache_size=16M");
+    on_a_mount("cache=kernel,cache_size=16M,compression=none");
+    on_a_mount("cache=kernel,cache_size=16M,compression=zstd");
 }
 
 #[test]
 fn fsx_on_a_mount_that_the_daemon_caches() {
+    on_a_mount("cache=daemon,cache_size=16M,compression=none");
     on_a_mount("cache=daemon,cache_size=16M,compression=lz4");
+}
+
+#[test]
+fn fsx_on_a_mount_whose_writes_the_kernel_delays() {
+    on_a_mount("cache=writeback,cache_size=16M,compression=none");
+    on_a_mount("cache=writeback,cache_size=16M,compression=lz4");
 }
 
 /// What Linux has of it, and three users that every Debian has.
