@@ -11,7 +11,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::problem::{Problem, Severity};
 use crate::report::Report;
-use crate::{passes, repair};
+use crate::{damaged, passes, repair};
 
 /// Nothing is wrong.
 pub const EXIT_CLEAN: u8 = 0;
@@ -55,6 +55,9 @@ pub struct Arguments {
     /// Show a progress bar
     #[arg(short = 'C', long)]
     pub progress: bool,
+    /// Read all file data, list the ranges of files that cannot be read, and do nothing else
+    #[arg(long, conflicts_with_all = ["preen", "yes"])]
+    pub list_damaged: bool,
     /// Image file or disk
     pub target: PathBuf,
 }
@@ -70,7 +73,7 @@ enum Mode {
 impl Mode {
     fn of(arguments: &Arguments) -> Self {
         match arguments {
-            Arguments { no_changes: true, .. } => Self::NoChanges,
+            Arguments { no_changes: true, .. } | Arguments { list_damaged: true, .. } => Self::NoChanges,
             Arguments { preen: true, .. } => Self::Preen,
             Arguments { yes: true, .. } => Self::Yes,
             _ if std::io::stdin().is_terminal() => Self::Ask,
@@ -137,7 +140,11 @@ pub fn in_one_line(error: &clap::Error) -> String {
 fn run_checked(arguments: &Arguments, target: &str) -> Result<u8> {
     let mode = Mode::of(arguments);
     let filesystem = open(&arguments.target, mode)?;
-    let outcome = rounds(arguments, target, mode, &filesystem);
+    let outcome = if arguments.list_damaged {
+        list_damaged(arguments, target, &filesystem)
+    } else {
+        rounds(arguments, target, mode, &filesystem)
+    };
     let closed = filesystem.close();
     let code = outcome?;
     closed?;
@@ -186,16 +193,47 @@ fn rounds(arguments: &Arguments, target: &str, mode: Mode, filesystem: &Filesyst
     Ok(code)
 }
 
-fn check_with_progress(arguments: &Arguments, filesystem: &Filesystem) -> Result<Report> {
-    let bar = if arguments.progress && !arguments.quiet {
-        let bar = ProgressBar::new(passes::PASSES.len() as u64);
-        if let Ok(style) = ProgressStyle::with_template("{bar:30} pass {pos}/{len} {msg} [{elapsed}]") {
-            bar.set_style(style);
+fn list_damaged(arguments: &Arguments, target: &str, filesystem: &Filesystem) -> Result<u8> {
+    let bar = bar(arguments, filesystem.usage().data_bytes, "{bar:30} {bytes} [{elapsed}, {eta} left]");
+    let outcome = damaged::find(filesystem, &|bytes| bar.inc(bytes));
+    bar.finish_and_clear();
+    let (damaged, read_bytes) = outcome?;
+    let code = if damaged.is_empty() { EXIT_CLEAN } else { EXIT_UNREPAIRED };
+    if arguments.json {
+        println!("{}", crate::report::damaged_to_json(target, &damaged, read_bytes, code));
+        return Ok(code);
+    }
+    for range in &damaged {
+        println!("{target}: {}", range.describe());
+    }
+    if !arguments.quiet {
+        let read = humansize::format_size(read_bytes, humansize::BINARY);
+        let lost: u64 = damaged.iter().map(|range| range.end - range.start).sum();
+        match damaged.len() {
+            0 => println!("{target}: all {read} of file data can be read"),
+            count => println!(
+                "{target}: {count} ranges of files cannot be read, {} of {read}: restore those files from a backup, or delete them",
+                humansize::format_size(lost, humansize::BINARY)
+            ),
         }
-        bar
-    } else {
-        ProgressBar::hidden()
-    };
+    }
+    Ok(code)
+}
+
+/// A progress bar, hidden unless it is asked for.
+fn bar(arguments: &Arguments, length: u64, template: &str) -> ProgressBar {
+    if !arguments.progress || arguments.quiet {
+        return ProgressBar::hidden();
+    }
+    let bar = ProgressBar::new(length);
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style);
+    }
+    bar
+}
+
+fn check_with_progress(arguments: &Arguments, filesystem: &Filesystem) -> Result<Report> {
+    let bar = bar(arguments, passes::PASSES.len() as u64, "{bar:30} pass {pos}/{len} {msg} [{elapsed}]");
     let report = passes::check(filesystem, &|number, _, name, examined| {
         bar.set_position(number as u64);
         bar.set_message(format!("{name}: {examined}"));

@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 pub mod cli;
+pub mod damaged;
 pub mod passes;
 pub mod problem;
 pub mod repair;

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use crate::damaged::Damaged;
 use crate::problem::{Problem, Severity};
 
 /// One pass that was run.
@@ -73,6 +74,20 @@ struct JsonError<'a> {
 pub fn error_to_json(target: &str, error: &str, exit_code: u8) -> String {
     // Strings and numbers have no way to fail.
     serde_json::to_string_pretty(&JsonError { target, clean: false, exit_code, error }).unwrap_or_default()
+}
+
+/// The ranges of files that cannot be read, as one JSON object.
+#[must_use]
+pub fn damaged_to_json(target: &str, damaged: &[Damaged], read_bytes: u64, exit_code: u8) -> String {
+    #[derive(Serialize)]
+    struct Json<'a> {
+        target: &'a str,
+        exit_code: u8,
+        read_bytes: u64,
+        damaged: &'a [Damaged],
+    }
+    // Strings and numbers have no way to fail.
+    serde_json::to_string_pretty(&Json { target, exit_code, read_bytes, damaged }).unwrap_or_default()
 }
 
 impl Report {

@@ -149,6 +149,52 @@ fn what_is_repaired_and_what_is_not_add_up() {
 }
 
 #[test]
+fn files_with_damaged_data_are_listed_with_their_ranges() {
+    let Some(site) = Site::formatted("128M", &[]) else { return };
+    site.mount("compression=none");
+    let content = |number: u8| -> Vec<u8> { (0..40 * 4096_u32).map(|at| (at / 7) as u8 ^ number).collect() };
+    fs::create_dir(site.mnt().join("a folder")).unwrap();
+    fs::write(site.mnt().join("a folder/bad\nname"), content(1)).unwrap();
+    fs::write(site.mnt().join("whole"), content(2)).unwrap();
+    site.unmount();
+    site.mount("compression=lz4");
+    fs::write(site.mnt().join("frames"), content(3)).unwrap();
+    site.unmount_and_check();
+    assert_eq!(fsck(&site, &["--list-damaged"]).0, 0);
+    // One block of the first, the only frame of the last, found by their extents.
+    let listed = |word: &str| -> Vec<u64> {
+        let said = finish(site.coppice(&["list", "--btree", "extents"]).arg(site.image())).unwrap();
+        let text = String::from_utf8(said.stdout).unwrap();
+        let lines = text.lines().filter(|line| line.contains("bytes at 0:") && line.contains("Lz4") == (word == "lz4"));
+        lines
+            .filter_map(|line| {
+                line.split_once("bytes at 0:")?.1.split(|letter: char| !letter.is_ascii_digit()).next()?.parse().ok()
+            })
+            .collect()
+    };
+    let image = fs::File::options().read(true).write(true).open(site.image()).unwrap();
+    let flip = |offset: u64| {
+        let mut byte = [0];
+        image.read_exact_at(&mut byte, offset).unwrap();
+        image.write_all_at(&[byte[0] ^ 4], offset).unwrap();
+    };
+    let (plain, frames) = (listed("none"), listed("lz4"));
+    assert!(!plain.is_empty() && !frames.is_empty(), "{plain:?} {frames:?}");
+    flip(plain[0] + 3 * 4096 + 77);
+    flip(frames[0] + 100);
+    let before = fs::read(site.image()).unwrap();
+    let (code, said, errors) = fsck(&site, &["--list-damaged"]);
+    assert!(code == 4 && said.contains("/a folder/bad\\nname: bytes 12288 to 16384: "), "{code} {said} {errors}");
+    assert!(said.contains("/frames: bytes 0 to ") && !said.contains("/whole"), "{said}");
+    let (code, said, _) = fsck(&site, &["--list-damaged", "--json"]);
+    let report: serde_json::Value = serde_json::from_str(&said).unwrap_or_else(|error| panic!("{error}: {said}"));
+    let damaged = report["damaged"].as_array().unwrap();
+    assert_eq!((code, damaged.len(), &damaged[0]["start"]), (4, 2, &12288.into()), "{said}");
+    assert!(fs::read(site.image()).unwrap() == before, "the image has changed");
+    assert_eq!(fsck(&site, &["--list-damaged", "-y"]).0, 16);
+}
+
+#[test]
 fn bad_copies_on_the_medium() {
     let Some(site) = made() else { return };
     let image = fs::File::options().write(true).open(site.image()).unwrap();
