@@ -496,6 +496,22 @@ impl Race {
         outcome
     }
 
+    /// Moves data out of fragmented buckets, as copygc does, but all the time: so buckets empty that are being read from.
+    fn move_data(&self, actor: &Actor<'_>) {
+        let space = self.filesystem.space();
+        while !self.is_over() {
+            actor.says("moving data".into());
+            let moved = match space.fragmented_bucket() {
+                Ok(Some((device, bucket))) => self.filesystem.data().evacuate(device, bucket).map(drop),
+                other => other.map(drop),
+            };
+            match moved {
+                Ok(()) | Err(Error::NoSpace(_)) => std::thread::yield_now(),
+                Err(error) => return self.fail(format!("moving data: {error}")),
+            }
+        }
+    }
+
     /// Makes racing files durable and evicts, so that reads meet the device.
     fn sync(&self, actor: &mut Actor<'_>) {
         while !self.is_over() {
@@ -619,8 +635,10 @@ fn run_threads(race: &Race, privates: &[(u64, u64)]) {
             let mut actor = actor();
             scope.spawn(move || race.churn(&mut actor));
         }
-        let mut actor = actor();
-        scope.spawn(move || race.sync(&mut actor));
+        let mut syncer = actor();
+        scope.spawn(move || race.sync(&mut syncer));
+        let mover = actor();
+        scope.spawn(move || race.move_data(&mover));
         while !race.is_over() && start.elapsed() < race.options.duration {
             std::thread::park_timeout(Duration::from_millis(10));
         }

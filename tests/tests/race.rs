@@ -38,17 +38,19 @@ fn every_stamp_is_explained() {
 /// The delays that make the broken builds fail are no harm to a whole one.
 #[test]
 fn every_stamp_is_explained_with_delays() {
-    let switches = TestSwitches { pause_us: 300, ..TestSwitches::default() };
-    races_well(RaceOptions { switches, ..options(false, CompressionChoice::None) });
+    for pause_us in [300, 50_000] {
+        let switches = TestSwitches { pause_us, ..TestSwitches::default() };
+        races_well(RaceOptions { switches, ..options(false, CompressionChoice::None) });
+    }
 }
 
-fn is_caught(what: &str, switches: TestSwitches) {
+fn is_caught(what: &str, pause_us: u16, switches: TestSwitches) {
     let start = Instant::now();
-    let limit = Duration::from_secs(60);
+    let limit = Duration::from_secs(150);
     for seed in 1.. {
         let options = RaceOptions {
             duration: Duration::from_secs(5),
-            switches: TestSwitches { pause_us: 300, ..switches },
+            switches: TestSwitches { pause_us, ..switches },
             seed,
             ..options(false, CompressionChoice::None)
         };
@@ -62,5 +64,14 @@ fn is_caught(what: &str, switches: TestSwitches) {
 
 #[test]
 fn an_add_lock_that_excludes_nobody_is_caught() {
-    is_caught("add_lock_excludes_nobody", TestSwitches { add_lock_excludes_nobody: true, ..TestSwitches::default() });
+    is_caught(
+        "add_lock_excludes_nobody",
+        300,
+        TestSwitches { add_lock_excludes_nobody: true, ..TestSwitches::default() },
+    );
+}
+
+#[test]
+fn missing_references_on_buckets_are_caught() {
+    is_caught("no_bucket_references", 50_000, TestSwitches { no_bucket_references: true, ..TestSwitches::default() });
 }
