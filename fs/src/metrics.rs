@@ -86,6 +86,8 @@ counters! {
     data_bytes_written = "data.bytes_written",
     data_bytes_compressed_in = "data.bytes_compressed_in",
     data_bytes_compressed_out = "data.bytes_compressed_out",
+    /// The most compressed frames of one read that were decoded at the same time.
+    data_frames_decoded_at_once = "data.frames_decoded_at_once_max",
     data_checksum_errors = "data.checksum_errors",
     pagecache_hits = "pagecache.hits",
     pagecache_misses = "pagecache.misses",
