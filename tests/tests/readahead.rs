@@ -7,7 +7,8 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::path::Path;
 
-use coppicefs_tests::mount::{Site, count, run, wait_until};
+use coppicefs::fuse::client;
+use coppicefs_tests::mount::{Site, count, wait_until};
 use rand_xoshiro::Xoshiro256PlusPlus;
 use rand_xoshiro::rand_core::{Rng, SeedableRng};
 
@@ -15,12 +16,7 @@ const MIB: usize = 1 << 20;
 
 /// All counters of the mount.
 fn counters(site: &Site) -> BTreeMap<String, u64> {
-    let text = run(site.coppice(&["stats"]).arg(site.mnt()));
-    let counters = text.lines().filter_map(|line| {
-        let (name, value) = line.split_once(' ')?;
-        Some((name.to_owned(), value.trim().parse().ok()?))
-    });
-    counters.collect()
+    client::statistics(&site.mnt()).unwrap().into_iter().collect()
 }
 
 /// The counters when nothing goes on any more: no readahead is under way.
