@@ -291,6 +291,40 @@ impl Env {
         }
     }
 
+    /// As [`Self::wait`], but no longer than to `deadline` (on [`Self::monotonic`]'s clock): then it returns nothing.
+    ///
+    /// # Errors
+    /// What a worker that was run meanwhile failed with (simulation).
+    #[cfg_attr(debug_assertions, track_caller)]
+    pub fn wait_until<T>(
+        &self,
+        event: &Event,
+        deadline: Duration,
+        mut ready: impl FnMut() -> Option<T>,
+    ) -> Result<Option<T>> {
+        order::check_held("a wait", event.allowed);
+        let mut rounds = 0;
+        loop {
+            let seen = event.generation();
+            if let Some(value) = ready() {
+                return Ok(Some(value));
+            }
+            let left = deadline.saturating_sub(self.monotonic());
+            if left.is_zero() {
+                return Ok(None);
+            }
+            if !self.is_simulated() {
+                event.wait_past(seen, Some(left));
+                continue;
+            }
+            rounds += 1;
+            // Workers that always find something to do must not make time stand still.
+            if !self.step_random_worker()? || rounds > 10_000 {
+                self.advance_clock_to(deadline);
+            }
+        }
+    }
+
     /// Lets a simulated worker run where production could be preempted: with probability one in `one_in`, a random
     /// worker takes a step. Nothing in production.
     ///
@@ -367,6 +401,14 @@ impl Env {
             None => false,
         }
     }
+
+    /// Moves the simulated clock to the next deadline of an idle worker, or to `deadline` if that comes first.
+    fn advance_clock_to(&self, deadline: Duration) {
+        let Some(simulation) = &self.simulation else { return };
+        let now = *simulation.clock.lock();
+        let next = simulation.actors.lock().iter().filter_map(|actor| actor.wake_at).filter(|&at| at > now).min();
+        *simulation.clock.lock() = next.map_or(deadline, |next| next.min(deadline)).max(now);
+    }
 }
 
 #[cfg(all(test, not(loom)))]
@@ -401,6 +443,25 @@ mod tests {
     fn a_simulated_deadlock_is_an_error() {
         let env = Env::simulated(1);
         assert!(matches!(env.wait(&Event::new(), || None::<()>), Err(Error::Bug(_))));
+    }
+
+    #[test]
+    fn a_wait_with_a_deadline_ends_there_or_before() {
+        for env in [Env::real(), Env::simulated(1)] {
+            let start = env.monotonic();
+            let deadline = start + Duration::from_millis(2);
+            assert_eq!(env.wait_until(&Event::new(), deadline, || None::<()>).unwrap(), None);
+            assert!(env.monotonic() >= deadline);
+            assert_eq!(env.wait_until(&Event::new(), deadline, || Some(7)).unwrap(), Some(7), "past it already");
+        }
+        // What comes true before the deadline moves a simulated clock no further.
+        let env = Env::simulated(1);
+        let counter = Arc::new(Counter(AtomicU32::new(0), Event::new()));
+        env.register(counter.clone());
+        let is_done = || (counter.0.load(Ordering::Relaxed) >= 3).then_some(());
+        assert_eq!(env.wait_until(&Event::new(), Duration::from_secs(9), is_done).unwrap(), Some(()));
+        assert_eq!(env.monotonic(), Duration::ZERO);
+        assert_eq!(env.wait_until(&Event::new(), Duration::from_secs(9), || None::<()>).unwrap(), None);
     }
 
     #[test]

@@ -86,6 +86,8 @@ counters! {
     data_bytes_written = "data.bytes_written",
     data_bytes_compressed_in = "data.bytes_compressed_in",
     data_bytes_compressed_out = "data.bytes_compressed_out",
+    /// The most compressed frames of one read that were decoded at the same time.
+    data_frames_decoded_at_once = "data.frames_decoded_at_once_max",
     data_checksum_errors = "data.checksum_errors",
     pagecache_hits = "pagecache.hits",
     pagecache_misses = "pagecache.misses",
@@ -105,7 +107,12 @@ counters! {
     direct_fast = "pagecache.direct_fast",
     /// Direct reads and writes that had cached pages, or somebody who changed extents, to be coherent with.
     direct_slow = "pagecache.direct_slow",
+    /// Writes that waited at the dirty limit.
     pagecache_writer_throttled = "pagecache.writer_throttled",
+    /// Writes that paused before it: writers are slowed down to what the devices achieve.
+    pagecache_writer_paused = "pagecache.writer_paused",
+    /// How long both took, in microseconds, all writers together.
+    pagecache_writer_throttled_us = "pagecache.writer_throttled_us",
     reply_bytes_copied = "pagecache.reply_bytes_copied",
     reply_bytes_referenced = "pagecache.reply_bytes_referenced",
     writeback_bytes = "writeback.bytes",

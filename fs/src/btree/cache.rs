@@ -23,6 +23,7 @@ pub(super) struct NodeCache {
     /// The clock: nodes in the order in which they are looked at for eviction.
     clock: Mutex<VecDeque<NodeId>>,
     bytes: AtomicU64,
+    peak_bytes: AtomicU64,
 }
 
 impl NodeCache {
@@ -61,18 +62,29 @@ impl NodeCache {
     /// Sets what a node is charged.
     pub fn recharge(&self, node: &Node, bytes: usize) {
         let before = node.charged_bytes.swap(bytes as u64, Ordering::Relaxed);
-        self.bytes.fetch_add((bytes as u64).wrapping_sub(before), Ordering::Relaxed);
+        self.add((bytes as u64).wrapping_sub(before));
     }
 
     /// Changes what a node is charged.
     pub fn charge(&self, node: &Node, delta: i64) {
         node.charged_bytes.fetch_add(delta as u64, Ordering::Relaxed);
-        self.bytes.fetch_add(delta as u64, Ordering::Relaxed);
+        self.add(delta as u64);
+    }
+
+    /// Adds a difference, which wraps around if it is negative.
+    fn add(&self, delta: u64) {
+        let after = self.bytes.fetch_add(delta, Ordering::Relaxed).wrapping_add(delta);
+        self.peak_bytes.fetch_max(after, Ordering::Relaxed);
     }
 
     /// Bytes of all nodes in memory.
     pub fn bytes(&self) -> u64 {
         self.bytes.load(Ordering::Relaxed)
+    }
+
+    /// The most that they ever took.
+    pub fn peak_bytes(&self) -> u64 {
+        self.peak_bytes.load(Ordering::Relaxed)
     }
 
     /// Evicts until at most `budget_bytes` are left, or `steps_max` nodes were looked at, or all. Returns how many went.

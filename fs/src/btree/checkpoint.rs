@@ -29,6 +29,9 @@ use crate::format::node::NodePointer;
 use crate::sync::atomic::Ordering;
 use crate::units::JournalSequence;
 
+/// Nodes that a commit looks at to evict some, where there are more than there is memory for.
+const SHRINK_STEPS: usize = 16;
+
 /// Why a checkpoint is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CheckpointReason {
@@ -102,6 +105,8 @@ impl Forest {
     /// [`Error::Latched`] if checkpoints have failed; [`Error::NoSpace`] if they find no space.
     pub fn wait_for_dirty_room(&self) -> Result<()> {
         self.check_failure()?;
+        // Nodes also grow, and split.
+        self.shrink_cache(SHRINK_STEPS);
         if self.dirty_permille() <= 1000 {
             return Ok(());
         }

@@ -65,6 +65,9 @@ use image::{Expected, LEVEL_MAX};
 use node::{Content, Limits, Node};
 use node_space::NodeSpace;
 
+/// So many dirty nodes there may be in any memory.
+const DIRTY_NODES_MIN: u64 = 24;
+
 /// What a forest needs to know.
 #[derive(Clone, Debug)]
 pub struct ForestConfig {
@@ -75,7 +78,7 @@ pub struct ForestConfig {
     /// Budget in bytes for nodes in memory. May be changed while the filesystem runs.
     pub cache_bytes: Arc<AtomicU64>,
     /// Most bytes of new slots that dirty nodes may need: commits beyond wait for a checkpoint. Dirty nodes whose changes fit behind
-    /// their image need none; all together they may take half of `cache_bytes`, or this if it is more.
+    /// their image need none; all together they may take a quarter of `cache_bytes`, or 24 nodes of this if that is more.
     pub dirty_bytes_max: u64,
     /// This life's mount epoch, above every one before: node ids are made from it.
     pub epoch: u64,
@@ -301,7 +304,9 @@ impl Forest {
     /// How much of what dirty nodes may take they take, in space or in memory: 1000 is the cap.
     fn dirty_permille(&self) -> u64 {
         let node_bytes = self.limits.node_bytes as u64;
-        let memory_max = (self.cache_bytes.load(Ordering::Relaxed) / 2).max(self.dirty_bytes_max);
+        // As much again may become dirty while a checkpoint writes these: all of it, and what others use, is to fit.
+        let least = self.dirty_bytes_max.min(DIRTY_NODES_MIN * node_bytes);
+        let memory_max = (self.cache_bytes.load(Ordering::Relaxed) / 4).max(least);
         let share = |count: &AtomicU64, most: u64| {
             (count.load(Ordering::Relaxed) * node_bytes).saturating_mul(1000) / most.max(node_bytes)
         };
@@ -323,6 +328,12 @@ impl Forest {
     #[must_use]
     pub fn cached_bytes(&self) -> u64 {
         self.cache.bytes()
+    }
+
+    /// The most bytes that they ever took.
+    #[must_use]
+    pub fn cached_peak_bytes(&self) -> u64 {
+        self.cache.peak_bytes()
     }
 
     /// Packed bytes of keys that one transaction may always put into one leaf.

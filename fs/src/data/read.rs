@@ -28,6 +28,7 @@ use crate::error::{Corruption, Error, Result};
 use crate::format::extent::{DataExtent, ExtentPointer, ExtentValue};
 use crate::format::{BtreeId, ChecksumKind, CompressionKind, Position, Value};
 use crate::memory::AlignedBuffer;
+use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::units::InodeNumber;
 
 /// One destination of a read.
@@ -435,11 +436,12 @@ impl Data {
         frames: Vec<FrameRead<'_>>,
         attempted: &mut Attempted,
     ) -> Result<()> {
+        let decoding = AtomicU64::new(0);
         let decode = |frame: &mut FrameRead<'_>| -> Result<()> {
-            let Some(source) = found.get(frame.found) else { return Ok(()) };
-            let Some(data) = source.data() else { return Ok(()) };
-            std::mem::replace(&mut frame.landed, Ok(()))?;
-            unpack_frame(data, &frame.stored, found, &mut frame.segments)
+            self.metrics.data_frames_decoded_at_once.raise_to(decoding.fetch_add(1, Ordering::Relaxed) + 1);
+            let outcome = decode_frame(found, frame);
+            decoding.fetch_sub(1, Ordering::Relaxed);
+            outcome
         };
         let mut frames: Vec<(FrameRead<'_>, Result<()>)> = frames.into_iter().map(|frame| (frame, Ok(()))).collect();
         let decoded_bytes: u64 = frames
@@ -616,6 +618,13 @@ fn damage(inode: InodeNumber, offset: u64, kind: ChecksumKind, computed: u64, ex
         format!("data of inode {inode} at byte {offset}"),
         format!("{kind:?} is {computed:#x}, {:#x} expected", expected.unwrap_or(0)),
     )
+}
+
+/// Decodes a frame that has landed to where its parts are wanted.
+fn decode_frame(found: &[Found], frame: &mut FrameRead<'_>) -> Result<()> {
+    let Some(data) = found.get(frame.found).and_then(Found::data) else { return Ok(()) };
+    std::mem::replace(&mut frame.landed, Ok(()))?;
+    unpack_frame(data, &frame.stored, found, &mut frame.segments)
 }
 
 /// The stream of a frame, verified.

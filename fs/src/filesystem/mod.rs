@@ -235,4 +235,6 @@ mod tests_fill;
 #[cfg(all(test, not(loom)))]
 mod tests_measure;
 #[cfg(all(test, not(loom)))]
+mod tests_memory;
+#[cfg(all(test, not(loom)))]
 mod tests_pressure;

@@ -29,6 +29,8 @@ use crate::units::{InodeNumber, SnapshotId};
 use crate::vfs::{AccessTime, Vfs, VfsConfig, VfsOptions};
 use crate::workers::{OnFailure, WorkerThreads};
 
+/// The longest time that the devices may need for all that is dirty.
+const DIRTY_TIME_MAX: Duration = Duration::from_secs(2);
 /// Threads that read ahead what nobody waits for yet.
 const READAHEAD_THREADS: usize = 2;
 
@@ -124,6 +126,15 @@ impl OpenOptions {
             return self.writeback_age;
         }
         self.writeback_age.min(self.commit_interval * 3 / 8)
+    }
+
+    /// How long the devices may need for all that is dirty: a half of the interval. What writeback leaves to its age is then at most what they write in
+    /// an eighth of it. At most two seconds, since a sync, or the end of the mount, waits for that.
+    fn dirty_time(&self) -> Duration {
+        if self.commit_interval.is_zero() {
+            return DIRTY_TIME_MAX;
+        }
+        (self.commit_interval / 2).min(DIRTY_TIME_MAX)
     }
 }
 
@@ -421,6 +432,7 @@ impl Filesystem {
                 block_bytes: superblock.geometry.block_bytes,
                 spawn: if env.is_simulated() { None } else { Some(spawn_threads(READAHEAD_THREADS)?) },
                 fault_add_lock_excludes_nobody: options.switches.add_lock_excludes_nobody,
+                dirty_time: options.dirty_time(),
                 ..CacheOptions::new(page_bytes)
             },
         )?;

@@ -4,7 +4,8 @@
 //!   Whoever needs memory evicts clean folios itself ([`super::reclaim`]); if nothing can be evicted, it waits for writeback or for
 //!   fills under way, holding no lock.
 //! - **Dirty limit**: a write gets a quota for its blocks before it takes any lock; while dirty and in-writeback blocks are at the limit it
-//!   waits for writeback. So at least the rest of the budget can always be evicted, and reads go on.
+//!   waits for writeback. So at least the rest of the budget can always be evicted, and reads go on. How high the limit is, and how writers are slowed down
+//!   before they reach it: [`super::throttle`].
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,6 +17,7 @@ use super::folio::Folio;
 use super::readahead::Governor;
 use super::reclaim::Reclaim;
 use super::space::AddressSpace;
+use super::throttle::{DirtyLimits, Throttle};
 use crate::env::{Env, Event};
 use crate::error::{Error, Result};
 use crate::memory::{Budget, FOLIO_ALIGNMENT, FOLIO_BYTES_MAX, FolioBytes, FolioWriter, MemoryReservation};
@@ -37,6 +39,8 @@ pub struct CacheOptions {
     pub block_bytes: u32,
     /// Most bytes that may be dirty or in writeback; a quarter of the budget if not given.
     pub dirty_limit_bytes: Option<u64>,
+    /// No more may be dirty than the devices write in this time.
+    pub dirty_time: Duration,
     /// The longest readahead window in bytes.
     pub readahead_max_bytes: u64,
     /// Runs readahead that nobody waits for. Without it such readahead runs in the reader's thread (simulation).
@@ -53,6 +57,7 @@ impl CacheOptions {
             budget_bytes,
             block_bytes: 4096,
             dirty_limit_bytes: None,
+            dirty_time: Duration::from_millis(500),
             readahead_max_bytes: 16 << 20,
             spawn: None,
             fault_add_lock_excludes_nobody: false,
@@ -81,7 +86,9 @@ pub struct Cache {
     folio_blocks_max: u32,
     readahead_blocks_max: u64,
     governor: Governor,
+    /// What memory allows.
     dirty_limit_blocks: u64,
+    throttle: Throttle,
     spawn: Option<Spawn>,
     add_lock_excludes: bool,
     budget: Arc<Budget>,
@@ -143,6 +150,7 @@ impl Cache {
             readahead_blocks_max: (options.readahead_max_bytes.min(options.budget_bytes / 8) / block).max(1),
             governor: Governor::default(),
             dirty_limit_blocks: (dirty_limit / block).max(1),
+            throttle: Throttle::new(options.dirty_time),
             spawn: options.spawn,
             add_lock_excludes: !options.fault_add_lock_excludes_nobody,
             budget: Budget::new(options.budget_bytes),
@@ -240,6 +248,33 @@ impl Cache {
         self.dirty_blocks.load(Ordering::SeqCst) + self.writeback_blocks.load(Ordering::SeqCst)
     }
 
+    pub(super) fn unwritten_bytes(&self) -> u64 {
+        self.unwritten_blocks() << self.block_shift
+    }
+
+    /// The most bytes that may be dirty or in writeback now.
+    #[must_use]
+    pub fn dirty_limit_bytes(&self) -> u64 {
+        self.dirty_limits().limit
+    }
+
+    pub(super) fn dirty_limits(&self) -> DirtyLimits {
+        self.throttle.limits(self.dirty_limit_blocks << self.block_shift)
+    }
+
+    pub(super) fn throttle(&self) -> &Throttle {
+        &self.throttle
+    }
+
+    /// Notified when fewer blocks are unwritten.
+    pub(super) fn cleaned(&self) -> &Event {
+        &self.cleaned
+    }
+
+    pub(super) fn is_latched(&self) -> bool {
+        self.latched.lock().is_some()
+    }
+
     /// Changes the budget, and evicts down to it as far as clean folios allow. Returns the bytes in use then.
     pub fn set_budget_bytes(&self, budget_bytes: u64) -> u64 {
         self.budget.set_limit_bytes(budget_bytes);
@@ -289,7 +324,7 @@ impl Cache {
             if let Some(reservation) = self.try_reserve_memory(bytes) {
                 return Some(reservation);
             }
-            let hopeless = self.latched.lock().is_some();
+            let hopeless = self.is_latched();
             if hopeless || (self.unwritten_blocks() == 0 && self.fills.load(Ordering::SeqCst) == 0) {
                 return Some(self.budget.overdraw(bytes));
             }
@@ -347,6 +382,7 @@ impl Cache {
             return Ok(quota);
         }
         self.metrics.pagecache_writer_throttled.increment();
+        let started = self.env.monotonic();
         self.throttled.fetch_add(1, Ordering::SeqCst);
         self.writeback_wanted.notify();
         let outcome = self.env.wait(&self.cleaned, || {
@@ -356,6 +392,7 @@ impl Cache {
             self.try_reserve_dirty(blocks).map(Ok)
         });
         self.throttled.fetch_sub(1, Ordering::SeqCst);
+        self.count_throttled(started);
         outcome?
     }
 
@@ -368,9 +405,8 @@ impl Cache {
 
     fn try_reserve_dirty(&self, blocks: u64) -> Option<DirtyQuota<'_>> {
         let after = self.promised_blocks.fetch_add(blocks, Ordering::SeqCst) + blocks;
-        if after + self.unwritten_blocks() <= self.dirty_limit_blocks
-            || (after == blocks && self.unwritten_blocks() == 0)
-        {
+        let limit = (self.dirty_limits().limit >> self.block_shift).max(1);
+        if after + self.unwritten_blocks() <= limit || (after == blocks && self.unwritten_blocks() == 0) {
             return Some(DirtyQuota { cache: self, blocks });
         }
         self.promised_blocks.fetch_sub(blocks, Ordering::SeqCst);
@@ -413,7 +449,7 @@ impl Cache {
     }
 
     fn background_blocks(&self) -> u64 {
-        (self.dirty_limit_blocks / 2).max(1)
+        (self.dirty_limits().background >> self.block_shift).max(1)
     }
 
     // ---- for the writeback worker -------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@
 //! **Lock order**: inode, add/block, folio (several in index order), `tracking` (short), map update (shortest). A waiter for add or
 //! block holds no folio. Memory and dirty quota are waited for with nothing held.
 //!
-//! Reading order: [`add_lock`], `folio`, `space`, `map`, `insert`, `read`, `write`, `writeback`, `invalidate`, `reclaim`.
+//! Reading order: [`add_lock`], `folio`, `space`, `map`, `insert`, `read`, `write`, `writeback`, [`throttle`], `invalidate`, `reclaim`.
 
 pub mod add_lock;
 
@@ -48,6 +48,8 @@ mod reclaim;
 mod source;
 #[cfg(not(loom))]
 mod space;
+#[cfg(not(loom))]
+pub mod throttle;
 #[cfg(not(loom))]
 mod write;
 #[cfg(not(loom))]

@@ -309,6 +309,8 @@ impl Vfs {
             }
             length = length.min(FILE_BYTES_MAX - offset);
         }
+        // With nothing held: whoever else wants this file is not slowed down.
+        self.cache.pace_writer(length)?;
         let (reservation, promised) = self.reserve_for_write(inode, at, length, delayed)?;
         length = promised;
         let is_lending = clear_set_id && {

@@ -159,6 +159,7 @@ impl Vfs {
         let mut text = String::new();
         let usage = self.space.usage();
         let totals = self.journal.totals();
+        let forest = self.transactions.forest();
         let total = |counter| u64::try_from(totals.get(counter)).unwrap_or(0);
         let own = [
             ("usage.total_bytes", usage.total_bytes),
@@ -178,6 +179,11 @@ impl Vfs {
             ("pagecache.peak_bytes", self.cache.peak_bytes()),
             ("pagecache.dirty_bytes", self.cache.dirty_bytes()),
             ("pagecache.writeback_bytes", self.cache.writeback_bytes()),
+            ("pagecache.write_bandwidth_bytes", self.cache.write_bandwidth_bytes()),
+            ("pagecache.dirty_limit_bytes", self.cache.dirty_limit_bytes()),
+            ("btree.cached_bytes", forest.cached_bytes()),
+            ("btree.cached_peak_bytes", forest.cached_peak_bytes()),
+            ("btree.dirty_bytes", forest.dirty_bytes()),
         ];
         for (name, value) in self.metrics.snapshot().into_iter().chain(own) {
             // Writing to a string cannot fail.

@@ -23,8 +23,8 @@ use crate::sync::{Arc, Mutex};
 use crate::transaction::CommitOptions;
 use crate::units::{InodeNumber, round_down, round_up};
 
-/// Bytes of one hand-over to the data layer.
-const CHUNK_BYTES: u64 = 16 << 20;
+/// Hand-overs to the data layer in one step of the worker, for one file.
+const BATCHES_STEP: u64 = 4;
 /// Files that one step of the worker looks at.
 const FILES_STEP: usize = 16;
 /// How often all that is dirty is written back before space is refused: meanwhile others make promises of what that frees.
@@ -128,7 +128,8 @@ impl Vfs {
         while written < bytes_max && from < end {
             // The last block that was written may have been appended to meanwhile.
             let start = round_down(inode.state().stored_size, block).min(from);
-            let (runs, size) = collect_dirty_with(&file.pages, start..end, CHUNK_BYTES, || inode.size());
+            let batch_bytes = self.cache.writeback_batch_bytes();
+            let (runs, size) = collect_dirty_with(&file.pages, start..end, batch_bytes, || inode.size());
             let Some(last) = runs.last() else { break };
             from = from.max(last.offset() + last.length());
             written += self.write_runs(inode, file, runs, size)?;
@@ -148,6 +149,7 @@ impl Vfs {
         let size_limit = || inode.size().min(size);
         let update_inode = |stored: &mut crate::format::namespace::Inode| inode.store_times(stored);
         let commit = WriteCommit { size_limit: &size_limit, update_inode: &update_inode };
+        let batch = self.cache.begin_writeback();
         let outcome = self.data.write(inode.number, &pieces, reservation, commit);
         drop(pieces);
         match outcome {
@@ -158,6 +160,7 @@ impl Vfs {
                 for run in runs {
                     run.complete(Ok(()));
                 }
+                self.cache.end_writeback(batch, bytes);
                 self.metrics.writeback_bytes.add(bytes);
                 Ok(bytes)
             }
@@ -286,7 +289,7 @@ impl WritebackWorker {
         let Some(inode) = vfs.table.get(number) else { return Ok(false) };
         let Some(file) = &inode.file else { return Ok(false) };
         let Some(turn) = inode.try_writeback_turn() else { return Ok(false) };
-        let outcome = vfs.write_back_pass(&inode, file, 4 * CHUNK_BYTES);
+        let outcome = vfs.write_back_pass(&inode, file, BATCHES_STEP * vfs.cache.writeback_batch_bytes());
         drop(turn);
         match outcome {
             Ok(bytes) => {

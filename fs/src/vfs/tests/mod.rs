@@ -9,6 +9,7 @@ mod names;
 mod splice;
 mod rules;
 mod threads;
+mod throttle;
 mod writeback;
 
 use std::ffi::OsStr;
