@@ -7,7 +7,6 @@
 //!   waits for writeback. So at least the rest of the budget can always be evicted, and reads go on.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -20,6 +19,7 @@ use crate::env::{Env, Event};
 use crate::error::{Error, Result};
 use crate::memory::{Budget, FOLIO_ALIGNMENT, FOLIO_BYTES_MAX, FolioBytes, FolioWriter, MemoryReservation};
 use crate::metrics::Metrics;
+use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{LockClass, Mutex, Rank, RankSet, order};
 
 /// Runs a piece of work elsewhere: readahead that nobody waits for.

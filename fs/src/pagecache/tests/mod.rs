@@ -3,6 +3,7 @@
 mod model;
 mod paths;
 mod race;
+mod schedules;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
