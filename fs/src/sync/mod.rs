@@ -1,5 +1,5 @@
 //! The only door to locks and atomics: `parking_lot` in real builds, loom's models under `--cfg loom`. In the library's own tests also shuttle's
-//! scheduler comes through it ([`schedule`]).
+//! scheduler comes through it (`schedule.rs`).
 //!
 //! The interface is parking_lot's (no poisoning). Each blocking acquisition of a [`Mutex`] or [`RwLock`] is counted for the
 //! calling thread, so that a test can prove that a path takes no mutex ([`lock_count`]).
