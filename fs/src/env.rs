@@ -3,7 +3,8 @@
 //! In production an [`Env`] is the host's clocks, and a wait is a condition variable. In simulation
 //! ([`Env::simulated`]) there is one thread: time stands still until everything waits, randomness comes from the seed,
 //! and a wait *runs other workers*, picked by the seed, until what is waited for has come true. So one seed reproduces one
-//! run exactly, and every place where production could be interrupted by a worker is one where simulation lets a worker run.
+//! run exactly, and every place where production could be interrupted by a worker is one where simulation lets a worker run. Tests that explore
+//! schedules ([`crate::sync`]) have several tasks; there a wait only lets others go on, and the workers are stepped by tasks of the test.
 //!
 //! Rules for code that waits: hold no lock that a worker takes (the contracts of `DESIGN.md`, lock order), and make
 //! what is waited for observable through the closure, since a wake-up may be spurious.
@@ -17,7 +18,7 @@ use rand_xoshiro::Xoshiro256PlusPlus;
 use rand_xoshiro::rand_core::{Rng, SeedableRng};
 
 use crate::error::{Error, Result};
-use crate::sync::{Condvar, LockClass, Mutex, Rank, RankSet, order};
+use crate::sync::{Condvar, LockClass, Mutex, Rank, RankSet, order, schedule};
 
 /// A point in time as inodes store it: seconds since 1970 (negative before), and nanoseconds below 10^9.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -278,13 +279,21 @@ impl Env {
                     if let Some(value) = ready() {
                         return Ok(value);
                     }
-                    if self.step_random_worker()? {
-                        rounds_without_progress = 0;
-                    } else {
-                        rounds_without_progress += 1;
-                        if !self.advance_clock() || rounds_without_progress > 10_000 {
-                            return Err(Error::Bug("simulated deadlock: nobody can make progress".into()));
+                    rounds_without_progress += 1;
+                    let is_stuck = if schedule::yield_now() {
+                        // The workers are tasks of their own, and time passes.
+                        if rounds_without_progress % 64 == 0 {
+                            self.advance_clock();
                         }
+                        false
+                    } else if self.step_random_worker()? {
+                        rounds_without_progress = 0;
+                        false
+                    } else {
+                        !self.advance_clock()
+                    };
+                    if is_stuck || rounds_without_progress > 10_000 {
+                        return Err(Error::Bug("simulated deadlock: nobody can make progress".into()));
                     }
                 }
             }
@@ -326,14 +335,14 @@ impl Env {
     }
 
     /// Lets a simulated worker run where production could be preempted: with probability one in `one_in`, a random
-    /// worker takes a step. Nothing in production.
+    /// worker takes a step. Nothing in production. Where the schedule is explored, others go on.
     ///
     /// # Errors
     /// What the worker failed with.
     pub fn maybe_yield(&self, one_in: u64) -> Result<()> {
         let Some(simulation) = &self.simulation else { return Ok(()) };
         let is_quiet = *simulation.quiet.lock() > 0;
-        if !is_quiet && self.random_u64().is_multiple_of(one_in.max(1)) {
+        if !is_quiet && self.random_u64().is_multiple_of(one_in.max(1)) && !schedule::yield_now() {
             self.step_random_worker()?;
         }
         Ok(())

@@ -8,6 +8,7 @@ pub mod units;
 pub mod error;
 pub mod sync;
 pub mod env;
+#[cfg(not(loom))]
 pub mod options;
 pub mod metrics;
 

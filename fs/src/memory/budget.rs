@@ -4,10 +4,9 @@
 //! dropped: cached folios, folios in flight and collected pages all count. Reserving is one compare-and-swap; nobody waits in here.
 //! Whoever finds no room makes some (`pagecache::reclaim`) or waits for [`Budget::freed`].
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
 use super::folio_bytes::Memory;
 use crate::env::Event;
+use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Arc, Mutex};
 
 /// Runs of at least this many bytes are kept for the next one who wants such a run: to ask the host for them anew costs page faults

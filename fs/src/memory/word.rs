@@ -12,9 +12,10 @@
 //!   idle --reference--> read(1) --reference--> read(2) ... --release--> idle
 //! ```
 //!
-//! loom checks it (`RUSTFLAGS="--cfg loom" cargo test -p coppicefs --lib memory::word`).
+//! loom checks it (`RUSTFLAGS="--cfg loom" cargo test -p coppicefs --lib --release --target-dir target/loom`).
 
 use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::pause;
 
 const WRITER: u64 = 1 << 63;
 
@@ -78,20 +79,6 @@ impl ReferenceWord {
     pub fn reference_count(&self) -> u64 {
         self.0.load(Ordering::Relaxed) & !WRITER
     }
-}
-
-#[cfg(not(loom))]
-fn pause(rounds: u32) {
-    if rounds < 64 {
-        std::hint::spin_loop();
-    } else {
-        std::thread::yield_now();
-    }
-}
-
-#[cfg(loom)]
-fn pause(_: u32) {
-    loom::thread::yield_now();
 }
 
 #[cfg(all(test, loom))]

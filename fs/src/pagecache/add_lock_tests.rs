@@ -102,16 +102,18 @@ mod real {
     }
 }
 
-/// `RUSTFLAGS="--cfg loom" cargo test -p coppicefs --lib --release pagecache::add_lock`
+/// `RUSTFLAGS="--cfg loom" cargo test -p coppicefs --lib --release --target-dir target/loom`: every schedule of few threads with
+/// few preemptions. `LOOM_MAX_PREEMPTIONS=n` for others; each more takes some ten times as long.
 #[cfg(loom)]
 mod model {
     use super::*;
     use loom::sync::atomic::{AtomicI64, Ordering};
     use loom::thread;
 
-    fn model(f: impl Fn() + Send + Sync + 'static) {
+    fn model(preemptions_max: usize, f: impl Fn() + Send + Sync + 'static) {
+        // Reads the environment.
         let mut builder = loom::model::Builder::new();
-        builder.preemption_bound = Some(3);
+        builder.preemption_bound.get_or_insert(preemptions_max);
         builder.check(f);
     }
 
@@ -119,39 +121,41 @@ mod model {
         Arc::new(AddLock::new(Env::real(), Arc::new(Metrics::default())))
     }
 
-    fn enter(lock: &AddLock, inside: &AtomicI64, side: Side) {
-        let change = side.sign();
-        let visit = || {
-            let before = inside.fetch_add(change, Ordering::SeqCst);
-            assert!(before * change >= 0, "adders and blockers met");
-            inside.fetch_sub(change, Ordering::SeqCst);
-        };
+    /// Holds the lock while `body` runs.
+    fn holding<R>(lock: &AddLock, side: Side, body: impl FnOnce() -> R) -> R {
         match side {
             Side::Add => {
                 let _guard = lock.add(0..1).unwrap();
-                visit();
+                body()
             }
             Side::Block => {
                 let _guard = lock.block(0..1).unwrap();
-                visit();
+                body()
             }
         }
     }
 
-    /// Mutual exclusion, and no lost wake-up (loom reports a deadlock if anybody sleeps for ever).
-    #[test]
-    fn exclusion_and_wake_up() {
-        model(|| {
+    fn visit(inside: &AtomicI64, side: Side) {
+        let change = side.sign();
+        let before = inside.fetch_add(change, Ordering::SeqCst);
+        assert!(before * change >= 0, "adders and blockers met");
+        inside.fetch_sub(change, Ordering::SeqCst);
+    }
+
+    /// Mutual exclusion, and no lost wake-up (loom reports a deadlock if anybody sleeps for ever): one thread for each side of `sides`,
+    /// besides one that enters on the first again and again.
+    fn exclusion_and_wake_up(sides: &'static [Side]) {
+        model(if sides.len() > 2 { 2 } else { 3 }, move || {
             let lock = lock();
             let inside = Arc::new(AtomicI64::new(0));
-            let threads: Vec<_> = [Side::Add, Side::Block]
-                .into_iter()
-                .map(|side| {
-                    let (lock, inside) = (Arc::clone(&lock), Arc::clone(&inside));
-                    thread::spawn(move || enter(&lock, &inside, side))
-                })
-                .collect();
-            enter(&lock, &inside, Side::Add);
+            let spawn = |side: Side| {
+                let (lock, inside) = (Arc::clone(&lock), Arc::clone(&inside));
+                thread::spawn(move || holding(&lock, side, || visit(&inside, side)))
+            };
+            let threads: Vec<_> = sides.iter().copied().map(spawn).collect();
+            for _ in 0..2 {
+                holding(&lock, sides[0], || visit(&inside, sides[0]));
+            }
             for thread in threads {
                 thread.join().unwrap();
             }
@@ -159,40 +163,61 @@ mod model {
         });
     }
 
-    /// An adder that comes back again and again (with one more beside it, so that the count need never be 0) lets a blocker in:
-    /// with the bound at 1, no more than one newcomer passes it. Without the bound loom finds the schedule in which the counter is exceeded.
     #[test]
-    fn nobody_starves_past_the_bound() {
-        model(|| {
+    fn an_adder_and_a_blocker_exclude_each_other_and_wake_each_other() {
+        exclusion_and_wake_up(&[Side::Add, Side::Block]);
+    }
+
+    #[test]
+    fn two_blockers_share_and_exclude_an_adder() {
+        exclusion_and_wake_up(&[Side::Block, Side::Add, Side::Block]);
+    }
+
+    #[test]
+    fn two_adders_share_and_exclude_a_blocker() {
+        exclusion_and_wake_up(&[Side::Add, Side::Block, Side::Add]);
+    }
+
+    /// One of `side` that comes back again and again, with one more beside it so that the count need never be 0, lets in who waits on
+    /// the other: with the bound at 1, no more than one newcomer passes it. Without the bound loom finds the schedule in which the counter is exceeded.
+    fn nobody_starves_past_the_bound(side: Side) {
+        model(4, move || {
             let lock = lock();
-            let first = lock.add(0..1).unwrap();
-            let blocked = Arc::new(AtomicI64::new(0));
-            let blocker = {
-                let (lock, blocked) = (Arc::clone(&lock), Arc::clone(&blocked));
-                thread::spawn(move || {
-                    let _guard = lock.block(0..1).unwrap();
-                    blocked.store(1, Ordering::SeqCst);
-                })
-            };
-            let adder = {
+            let has_entered = Arc::new(AtomicI64::new(0));
+            let waiter = holding(&lock, side, || {
+                let (other, has_entered) = (Arc::clone(&lock), Arc::clone(&has_entered));
+                let waiter = thread::spawn(move || {
+                    holding(&other, side.other(), || has_entered.store(1, Ordering::SeqCst));
+                });
                 let lock = Arc::clone(&lock);
-                thread::spawn(move || {
+                let newcomer = thread::spawn(move || {
                     let mut passed = 0;
-                    for _ in 0..2 {
-                        let waiting = lock.state.lock().queues[Side::Block as usize].waiting > 0;
-                        if let Some(guard) = lock.try_add(0..1) {
-                            passed += u32::from(waiting);
-                            drop(guard);
-                        }
+                    for _ in 0..3 {
+                        let is_waited_for = lock.state.lock().queues[side.other() as usize].waiting > 0;
+                        let has_entered = match side {
+                            Side::Add => lock.try_add(0..1).is_some(),
+                            Side::Block => lock.try_block(0..1).is_some(),
+                        };
+                        passed += u32::from(is_waited_for && has_entered);
                     }
                     assert!(passed <= FAIRNESS_BOUND, "a waiter was passed {passed} times");
-                })
-            };
-            adder.join().unwrap();
-            drop(first);
-            blocker.join().unwrap();
+                });
+                newcomer.join().unwrap();
+                waiter
+            });
+            waiter.join().unwrap();
             assert_eq!(lock.count(), 0);
-            assert_eq!(blocked.load(Ordering::SeqCst), 1);
+            assert_eq!(has_entered.load(Ordering::SeqCst), 1);
         });
+    }
+
+    #[test]
+    fn a_blocker_does_not_starve_past_the_bound() {
+        nobody_starves_past_the_bound(Side::Add);
+    }
+
+    #[test]
+    fn an_adder_does_not_starve_past_the_bound() {
+        nobody_starves_past_the_bound(Side::Block);
     }
 }

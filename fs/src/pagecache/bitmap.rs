@@ -1,7 +1,7 @@
 //! One bit for each block of a folio, set under the folio's lock, read without any.
 
+use crate::sync::atomic::{AtomicU64, Ordering};
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Blocks of the largest folio: 1 MiB of 4 KiB blocks.
 pub(super) const BLOCKS_MAX: u32 = 256;

@@ -8,7 +8,6 @@
 //!   before they reach it: [`super::throttle`].
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -22,6 +21,7 @@ use crate::env::{Env, Event};
 use crate::error::{Error, Result};
 use crate::memory::{Budget, FOLIO_ALIGNMENT, FOLIO_BYTES_MAX, FolioBytes, FolioWriter, MemoryReservation};
 use crate::metrics::Metrics;
+use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{LockClass, Mutex, Rank, RankSet, order};
 
 /// Runs a piece of work elsewhere: readahead that nobody waits for.

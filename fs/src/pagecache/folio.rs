@@ -15,7 +15,6 @@
 //! - Dirty and writeback state is kept by the address space ([`super::ranges`]).
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use super::bitmap::BlockBitmap;
@@ -24,6 +23,7 @@ use crate::env::Env;
 use crate::error::Result;
 use crate::memory::{ByteReference, FolioBytes, FolioWriter};
 use crate::sync::LockClass;
+use crate::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 use crate::sync::order::{self, Held};
 
 const LOCKED: u32 = 1;

@@ -5,7 +5,6 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::add_lock::{AddLock, BlockGuard};
 use super::cache::{Cache, DirtyKey};
@@ -15,6 +14,7 @@ use super::map::FolioMap;
 use super::ranges::BlockRanges;
 use crate::env::Event;
 use crate::error::Result;
+use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Mutex, Rank, RankSet};
 
 /// What may be held while a folio, or the writeback of one, is waited for: a puncher holds block and the folios that it has locked. Not add: a fill

@@ -83,14 +83,6 @@ impl Condvar {
         Self(loom::sync::Condvar::new())
     }
 
-    /// Releases the mutex, waits for a notification, and locks again.
-    pub fn wait<T>(&self, guard: &mut MutexGuard<'_, T>) {
-        // loom's wait consumes the guard; taking it out of the reference needs a replacement that does not exist, so
-        // code that is model-checked uses `wait_owned`.
-        let _ = guard;
-        unreachable!("use wait_owned in model-checked code");
-    }
-
     /// Releases the mutex, waits for a notification, and locks again, by value.
     pub fn wait_owned<'a, T>(&self, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
         self.0.wait(guard).unwrap_or_else(|poisoned| poisoned.into_inner())
@@ -105,4 +97,18 @@ impl Condvar {
     pub fn notify_all(&self) {
         self.0.notify_all();
     }
+}
+
+/// loom preempts by itself.
+pub mod schedule {
+    /// Nothing, in this build.
+    #[must_use]
+    pub fn yield_now() -> bool {
+        false
+    }
+}
+
+/// For loops that wait for a few instructions of another thread.
+pub fn pause(_: u32) {
+    loom::thread::yield_now();
 }

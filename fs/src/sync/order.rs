@@ -33,6 +33,7 @@ mod checked {
     use std::thread::ThreadId;
 
     use super::super::rank::RULE;
+    use super::super::schedule;
     use super::{LockClass, RankSet};
 
     struct Note {
@@ -50,15 +51,36 @@ mod checked {
     }
 
     thread_local! {
-        static NOTES: RefCell<Notes> = RefCell::default();
+        /// By task: there are several on one thread where the schedule is explored, else one.
+        static NOTES: RefCell<Vec<Notes>> = RefCell::default();
+    }
+
+    /// The calling thread's notes; nothing while the thread ends.
+    fn with_notes<T>(body: impl FnOnce(&mut Notes) -> T) -> Option<T> {
+        let task = schedule::task();
+        let with = |notes: &RefCell<Vec<Notes>>| {
+            let mut notes = notes.borrow_mut();
+            if notes.len() <= task {
+                notes.resize_with(task + 1, Notes::default);
+            }
+            notes.get_mut(task).map(body)
+        };
+        NOTES.try_with(with).ok().flatten()
+    }
+
+    /// Who holds a lock.
+    type Holder = (ThreadId, usize);
+
+    fn holder() -> Holder {
+        (std::thread::current().id(), schedule::task())
     }
 
     /// The note that a lock is held; dropped when it is released.
     #[derive(Debug)]
     pub struct Held {
         serial: u64,
-        /// The thread whose note it is; none after a hand-over.
-        thread: Option<ThreadId>,
+        /// Whose note it is; nobody's after a hand-over.
+        holder: Option<Holder>,
         class: LockClass,
     }
 
@@ -66,22 +88,21 @@ mod checked {
         /// The lock no longer belongs to this thread: nothing is checked against it, and any thread may release it.
         pub fn hand_over(&mut self) {
             self.release();
-            self.thread = None;
+            self.holder = None;
         }
 
         fn release(&self) {
-            let Some(thread) = self.thread else { return };
-            if thread != std::thread::current().id() {
+            let Some(holder) = self.holder else { return };
+            if holder != self::holder() {
                 return report(format!(
-                    "lock order: {} was released by thread {:?}, but {thread:?} took it; hand it over explicitly",
+                    "lock order: {} was released by thread {:?}, but {holder:?} took it; hand it over explicitly",
                     self.class,
-                    std::thread::current().id()
+                    self::holder()
                 ));
             }
-            let _ = NOTES.try_with(|notes| {
-                let held = &mut notes.borrow_mut().held;
-                if let Some(place) = held.iter().rposition(|note| note.serial == self.serial) {
-                    held.remove(place);
+            with_notes(|notes| {
+                if let Some(place) = notes.held.iter().rposition(|note| note.serial == self.serial) {
+                    notes.held.remove(place);
                 }
             });
         }
@@ -97,8 +118,7 @@ mod checked {
     #[track_caller]
     pub fn expect(class: &LockClass, address: usize) {
         let location = Location::caller();
-        let found = NOTES.try_with(|notes| {
-            let notes = notes.borrow();
+        let found = with_notes(|notes| {
             // A lock may be the first field of another, at the same address.
             let place = class.rank().place();
             let again = notes.held.iter().find(|note| note.address == address && note.class.rank().place() == place);
@@ -120,7 +140,7 @@ mod checked {
                 class.rank(),
             ))
         });
-        if let Ok(Some(text)) = found {
+        if let Some(Some(text)) = found {
             report(text);
         }
     }
@@ -129,21 +149,19 @@ mod checked {
     #[track_caller]
     pub fn hold(class: &LockClass, address: usize) -> Held {
         let location = Location::caller();
-        let serial = NOTES.try_with(|notes| {
-            let notes = &mut *notes.borrow_mut();
+        let serial = with_notes(|notes| {
             notes.serial += 1;
             notes.held.push(Note { class: *class, address, location, serial: notes.serial });
             notes.serial
         });
-        Held { serial: serial.unwrap_or(0), thread: serial.is_ok().then(|| std::thread::current().id()), class: *class }
+        Held { serial: serial.unwrap_or(0), holder: serial.map(|_| holder()), class: *class }
     }
 
     /// Reports unless the thread holds locks of the `allowed` ranks only. `what` is about to happen.
     #[track_caller]
     pub fn check_held(what: &str, allowed: RankSet) {
         let location = Location::caller();
-        let found = NOTES.try_with(|notes| {
-            let notes = notes.borrow();
+        let found = with_notes(|notes| {
             let wrong = notes.held.iter().find(|note| !allowed.contains(note.class.rank()))?;
             Some(format!(
                 "lock order violated\n  a lock is held over {what} at {location}: {} since {}\n{}  allowed there: {allowed}",
@@ -152,7 +170,7 @@ mod checked {
                 list(&notes.held)
             ))
         });
-        if let Ok(Some(text)) = found {
+        if let Some(Some(text)) = found {
             report(text);
         }
     }
@@ -163,10 +181,10 @@ mod checked {
         impl Drop for Restore {
             fn drop(&mut self) {
                 let before = std::mem::take(&mut self.0);
-                let _ = NOTES.try_with(|notes| notes.borrow_mut().held = before);
+                with_notes(|notes| notes.held = before);
             }
         }
-        let _restore = Restore(NOTES.with(|notes| std::mem::take(&mut notes.borrow_mut().held)));
+        let _restore = Restore(with_notes(|notes| std::mem::take(&mut notes.held)).unwrap_or_default());
         body()
     }
 

@@ -1,4 +1,4 @@
-//! The facade over `parking_lot`: its locks, counted and ranked.
+//! The facade over `parking_lot`: its locks, counted and ranked; in test builds also scheduled ([`super::schedule`]).
 
 use std::cell::Cell;
 use std::fmt;
@@ -6,9 +6,11 @@ use std::ops::{Deref, DerefMut};
 
 pub use parking_lot::WaitTimeoutResult;
 pub use std::sync::Arc;
+#[cfg(not(test))]
 pub use std::sync::atomic;
 
 use super::order::{self, Held};
+use super::schedule::{self, Notices, Released};
 use super::{LockClass, Rank};
 
 thread_local! {
@@ -35,6 +37,7 @@ pub struct Guard<G> {
     // Released before it is noted as released.
     guard: G,
     _held: Held,
+    _released: Released,
 }
 
 impl<G: Deref> Deref for Guard<G> {
@@ -70,14 +73,19 @@ pub type OwnedReadGuard<T> = Guard<parking_lot::ArcRwLockReadGuard<parking_lot::
 /// Exclusive lock on a [`SharedRwLock`] that keeps the lock alive.
 pub type OwnedWriteGuard<T> = Guard<parking_lot::ArcRwLockWriteGuard<parking_lot::RawRwLock, T>>;
 
-/// Counts, checks the order, waits by `lock`, and notes.
+/// Counts, checks the order, waits by `lock` (or has `attempt` succeed, where the schedule is explored), and notes.
 #[inline]
 #[cfg_attr(debug_assertions, track_caller)]
-fn wait_for<G>(class: &LockClass, address: usize, lock: impl FnOnce() -> G) -> Guard<G> {
+fn wait_for<G>(
+    class: &LockClass,
+    address: usize,
+    lock: impl FnOnce() -> G,
+    attempt: impl FnMut() -> Option<G>,
+) -> Guard<G> {
     count();
     order::expect(class, address);
-    let guard = lock();
-    Guard { guard, _held: order::hold(class, address) }
+    let guard = schedule::acquire(attempt, lock);
+    Guard { guard, _held: order::hold(class, address), _released: Released }
 }
 
 /// Counts, and notes if `lock` succeeds without waiting.
@@ -85,8 +93,9 @@ fn wait_for<G>(class: &LockClass, address: usize, lock: impl FnOnce() -> G) -> G
 #[cfg_attr(debug_assertions, track_caller)]
 fn attempt<G>(class: &LockClass, address: usize, lock: impl FnOnce() -> Option<G>) -> Option<Guard<G>> {
     count();
+    schedule::point();
     let guard = lock()?;
-    Some(Guard { guard, _held: order::hold(class, address) })
+    Some(Guard { guard, _held: order::hold(class, address), _released: Released })
 }
 
 /// Mutual exclusion; `parking_lot::Mutex`, counted and ranked.
@@ -117,7 +126,7 @@ impl<T: ?Sized> Mutex<T> {
     /// Locks, waiting as long as it takes.
     #[cfg_attr(debug_assertions, track_caller)]
     pub fn lock(&self) -> Guard<parking_lot::MutexGuard<'_, T>> {
-        wait_for(&self.class, address(self), || self.lock.lock())
+        wait_for(&self.class, address(self), || self.lock.lock(), || self.lock.try_lock())
     }
 
     /// Locks if that needs no waiting.
@@ -160,13 +169,13 @@ impl<T: ?Sized> RwLock<T> {
     /// Locks for reading. A thread never takes the same lock for reading twice.
     #[cfg_attr(debug_assertions, track_caller)]
     pub fn read(&self) -> Guard<parking_lot::RwLockReadGuard<'_, T>> {
-        wait_for(&self.class, address(self), || self.lock.read())
+        wait_for(&self.class, address(self), || self.lock.read(), || self.lock.try_read())
     }
 
     /// Locks for writing.
     #[cfg_attr(debug_assertions, track_caller)]
     pub fn write(&self) -> Guard<parking_lot::RwLockWriteGuard<'_, T>> {
-        wait_for(&self.class, address(self), || self.lock.write())
+        wait_for(&self.class, address(self), || self.lock.write(), || self.lock.try_write())
     }
 
     /// Locks for reading if that needs no waiting.
@@ -207,25 +216,25 @@ impl<T> SharedRwLock<T> {
     /// Locks for reading. A thread never takes the same lock for reading twice.
     #[cfg_attr(debug_assertions, track_caller)]
     pub fn read(&self) -> RwLockReadGuard<'_, T> {
-        wait_for(&self.class, self.address(), || self.lock.read())
+        wait_for(&self.class, self.address(), || self.lock.read(), || self.lock.try_read())
     }
 
     /// Locks for writing.
     #[cfg_attr(debug_assertions, track_caller)]
     pub fn write(&self) -> RwLockWriteGuard<'_, T> {
-        wait_for(&self.class, self.address(), || self.lock.write())
+        wait_for(&self.class, self.address(), || self.lock.write(), || self.lock.try_write())
     }
 
     /// Locks for reading, by a guard of its own.
     #[cfg_attr(debug_assertions, track_caller)]
     pub fn read_owned(&self) -> OwnedReadGuard<T> {
-        wait_for(&self.class, self.address(), || self.lock.read_arc())
+        wait_for(&self.class, self.address(), || self.lock.read_arc(), || self.lock.try_read_arc())
     }
 
     /// Locks for writing, by a guard of its own.
     #[cfg_attr(debug_assertions, track_caller)]
     pub fn write_owned(&self) -> OwnedWriteGuard<T> {
-        wait_for(&self.class, self.address(), || self.lock.write_arc())
+        wait_for(&self.class, self.address(), || self.lock.write_arc(), || self.lock.try_write_arc())
     }
 
     /// As [`Self::read_owned`], if that needs no waiting.
@@ -250,17 +259,19 @@ impl<T> SharedRwLock<T> {
 
 /// Condition variable; `parking_lot::Condvar`.
 #[derive(Debug, Default)]
-pub struct Condvar(parking_lot::Condvar);
+pub struct Condvar(parking_lot::Condvar, Notices);
 
 impl Condvar {
     /// A new condition variable with nobody waiting.
     pub const fn new() -> Self {
-        Self(parking_lot::Condvar::new())
+        Self(parking_lot::Condvar::new(), Notices::new())
     }
 
     /// Releases the mutex, waits for a notification, and locks again. May wake up without one.
     pub fn wait<T: ?Sized>(&self, guard: &mut Guard<parking_lot::MutexGuard<'_, T>>) {
-        self.0.wait(&mut guard.guard);
+        if !self.1.wait(&mut guard.guard) {
+            self.0.wait(&mut guard.guard);
+        }
     }
 
     /// As [`Self::wait`], but no longer than `timeout`.
@@ -269,6 +280,7 @@ impl Condvar {
         guard: &mut Guard<parking_lot::MutexGuard<'_, T>>,
         timeout: std::time::Duration,
     ) -> WaitTimeoutResult {
+        let timeout = if self.1.pass(&mut guard.guard) { std::time::Duration::ZERO } else { timeout };
         self.0.wait_for(&mut guard.guard, timeout)
     }
 
@@ -280,11 +292,25 @@ impl Condvar {
 
     /// Wakes one waiter.
     pub fn notify_one(&self) {
+        self.1.notify();
         self.0.notify_one();
     }
 
     /// Wakes all waiters.
     pub fn notify_all(&self) {
+        self.1.notify();
         self.0.notify_all();
+    }
+}
+
+/// For loops that wait for a few instructions of another thread: a hint at first, then the thread's turn is given up.
+pub fn pause(rounds: u32) {
+    if schedule::yield_now() {
+        return;
+    }
+    if rounds < 64 {
+        std::hint::spin_loop();
+    } else {
+        std::thread::yield_now();
     }
 }

@@ -93,12 +93,13 @@ impl Handles {
     }
 
     fn remembered(&self, number: u64) -> Option<Arc<Handle>> {
-        REMEMBERED.with_borrow(|remembered| {
+        let found = REMEMBERED.with_borrow(|remembered| {
             let found = remembered
                 .iter()
                 .find(|remembered| remembered.number == number && Arc::ptr_eq(&remembered.owner, &self.identity))?;
-            found.handle.upgrade().filter(|handle| !handle.is_closed.load(Ordering::Acquire))
-        })
+            found.handle.upgrade()
+        });
+        found.filter(|handle| !handle.is_closed.load(Ordering::Acquire))
     }
 
     fn remember(&self, number: u64, handle: &Arc<Handle>) {

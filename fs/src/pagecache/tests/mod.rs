@@ -3,6 +3,7 @@
 mod model;
 mod paths;
 mod race;
+mod schedules;
 mod throttle;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -8,6 +8,7 @@ mod model;
 mod names;
 mod splice;
 mod rules;
+mod schedules;
 mod threads;
 mod throttle;
 mod writeback;
