@@ -27,7 +27,7 @@ pub enum CacheMode {
     Kernel,
     /// The kernel's, for writes too: it delays them, and what then does not fit or cannot be written is reported by fsync and close.
     Writeback,
-    /// The daemon's alone: every read and write reaches it; the kernel caches mappings only.
+    /// The daemon's alone: every read and write reaches it; the kernel caches for mappings and splice only.
     Daemon,
 }
 

@@ -9,7 +9,7 @@
 //! - [`filesystem_subject`]: coppice itself, in this process, for [`crash`].
 //! - [`mount`]: an image in a temporary folder, formatted, mounted and checked by the real programs.
 //! - [`fsx`]: random operations on one file against an array of bytes, in this process.
-//! - [`race`]: readers against everything that frees and reuses what they read, on real threads.
+//! - [`race`]: readers against everything that frees and reuses what they read, on real threads, in this process and on a mount.
 //! - [`workloads`]: the small workloads that are crashed everywhere, and random ones by seed.
 
 pub mod limit;

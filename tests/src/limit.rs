@@ -226,6 +226,12 @@ fn holders(pipes: &[u64]) -> Vec<u32> {
     others.filter(|&process| holds(process)).collect()
 }
 
+/// Writes where each thread of a process stands, in the kernel and in its program.
+pub fn show(process: u32) {
+    describe(process);
+    show_backtraces(process);
+}
+
 /// Writes what a process is, and where each of its threads waits in the kernel.
 fn describe(process: u32) {
     let folder = PathBuf::from(format!("/proc/{process}"));

@@ -1,7 +1,7 @@
 //! Programs whose buffers are mappings of files on the mount, which make a filesystem wait for itself where it holds a lock while it touches
 //! memory: each ends in time with right contents, in every cache mode.
 
-#![allow(unsafe_code, reason = "mmap(2): buffers must be mappings")]
+mod mapping;
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -13,9 +13,9 @@ use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use coppicefs_tests::mount::Site;
+use mapping::Mapping;
 use rustix::fs::{SeekFrom, seek, sendfile};
 use rustix::io::Errno;
-use rustix::mm::{Advice, MapFlags, MsyncFlags, ProtFlags, madvise, mmap, msync, munmap};
 use rustix::pipe::{SpliceFlags, pipe, splice};
 
 const MODES: [&str; 3] = ["cache=kernel", "cache=writeback", "cache=daemon"];
@@ -23,45 +23,6 @@ const MODES: [&str; 3] = ["cache=kernel", "cache=writeback", "cache=daemon"];
 const LIMIT: Duration = Duration::from_secs(60);
 const PAGE: usize = 4096;
 const FILE_BYTES: usize = 1 << 20;
-
-/// A shared mapping of a whole file.
-struct Mapping {
-    address: *mut u8,
-    length: usize,
-}
-
-impl Mapping {
-    fn new(file: &File, length: usize) -> Self {
-        let protection = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: the kernel chooses a free range of addresses.
-        let address = unsafe { mmap(std::ptr::null_mut(), length, protection, MapFlags::SHARED, file, 0) };
-        Self { address: address.unwrap().cast(), length }
-    }
-
-    /// Its bytes. Nothing else in this process looks at them meanwhile.
-    fn bytes(&mut self) -> &mut [u8] {
-        // SAFETY: `length` bytes are mapped at `address`, readable and writable, until drop; the file is not shorter.
-        unsafe { std::slice::from_raw_parts_mut(self.address, self.length) }
-    }
-
-    /// Takes the pages out of this process's tables: the next access faults.
-    fn forget(&mut self) {
-        // SAFETY: the range is ours, and a shared mapping of a file loses nothing by this.
-        unsafe { madvise(self.address.cast(), self.length, Advice::LinuxDontNeed) }.unwrap();
-    }
-
-    fn flush(&mut self) -> rustix::io::Result<()> {
-        // SAFETY: the range is mapped.
-        unsafe { msync(self.address.cast(), self.length, MsyncFlags::SYNC) }
-    }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: nothing refers to it any more.
-        unsafe { munmap(self.address.cast(), self.length) }.unwrap();
-    }
-}
 
 /// Bytes that tell where they belong.
 fn pattern(tag: u8) -> Vec<u8> {

@@ -1,4 +1,4 @@
-//! Readers against punch, truncate, overwrite and reuse: see [`coppicefs_tests::race`]. Every combination of checksums and compression, and a build
+//! Readers against punch, truncate, overwrite and reuse: see [`coppicefs_tests::race::library`]. Every combination of checksums and compression, and a build
 //! whose add lock excludes nobody, which must fail within seconds.
 //!
 //! `COPPICE_RACE_SECONDS=n` races each combination for n seconds; `COPPICE_SEED=n` sets the seed.
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use coppicefs::options::CompressionChoice;
 use coppicefs::space::TestSwitches;
 use coppicefs_tests::crash::seed_or;
-use coppicefs_tests::race::{RaceOptions, run};
+use coppicefs_tests::race::library::{RaceOptions, run};
 
 fn duration() -> Duration {
     let seconds = std::env::var("COPPICE_RACE_SECONDS").ok().and_then(|seconds| seconds.parse().ok());

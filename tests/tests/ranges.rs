@@ -4,7 +4,9 @@
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use coppicefs::fuse::client;
 use coppicefs_tests::mount::{Site, command, program, run};
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 use rustix::io::Errno;
@@ -132,6 +134,49 @@ fn collapse_and_insert_are_right_at_once() {
         site.remount("");
         check(&path, &content);
     });
+}
+
+/// The kernel zeroes its own page where a range that it drops ends inside of one. That page may already hold what an insert has moved there: so the
+/// range must end between pages, or whoever reads the end of the file meanwhile makes it zeros.
+#[test]
+fn an_insert_leaves_the_end_of_the_file_to_those_who_read_it_meanwhile() {
+    in_all_cache_modes(|site| {
+        let path = site.mnt().join("file");
+        let length = 8 * BLOCK + 1000;
+        let content = pattern(length as usize, 4);
+        fs::write(&path, &content).unwrap();
+        let is_over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    let file = File::open(&path).unwrap();
+                    while !is_over.load(Ordering::Relaxed) {
+                        file.read_at(&mut [0; 2000], length).unwrap();
+                    }
+                });
+            }
+            let _ending = Ending(&is_over);
+            for round in 0..150 {
+                client::insert_range(&path, BLOCK, BLOCK).unwrap();
+                let found = fs::read(&path).unwrap();
+                assert_eq!(found.len() as u64, length + BLOCK, "round {round}");
+                let moved = found[2 * BLOCK as usize..].iter().zip(&content[BLOCK as usize..]);
+                let wrong = moved.filter(|(found, expected)| found != expected).count();
+                assert_eq!(wrong, 0, "bytes of what has moved, round {round}");
+                client::collapse_range(&path, BLOCK, BLOCK).unwrap();
+                assert!(fs::read(&path).unwrap() == content, "round {round}");
+            }
+        });
+    });
+}
+
+/// Says that it is over when it is dropped, also by a panic.
+struct Ending<'a>(&'a AtomicBool);
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 #[test]

@@ -82,16 +82,24 @@ fn open_to_change(path: &Path) -> Result<(File, u64)> {
     Ok((file, size))
 }
 
-fn arm(path: &Path, file: &File, what: u64, offset: u64, length: u64) -> Result<()> {
-    let words = [what.to_le(), offset.to_le(), length.to_le()];
-    // SAFETY: the command's number says that the kernel reads 24 bytes, which is the size of `words`.
-    unsafe { ioctl(file, Setter::<{ IOCTL_ARM as rustix::ioctl::Opcode }, [u64; 3]>::new(words)) }
+fn arm(path: &Path, file: &File, what: u64, offset: u64, length: u64, size: u64) -> Result<()> {
+    let words = [what, offset, length, size].map(u64::to_le);
+    // SAFETY: the command's number says that the kernel reads 32 bytes, which is the size of `words`.
+    unsafe { ioctl(file, Setter::<{ IOCTL_ARM as rustix::ioctl::Opcode }, [u64; 4]>::new(words)) }
         .map_err(|errno| not_ours(path, errno))
 }
 
+/// The length of the range from `offset` on that fires: beyond the end of a file of `size` bytes, and to a multiple of every page and folio. The
+/// kernel drops what lies in the range; of a page that it covers in part it would zero that part.
+fn fired_bytes(offset: u64, size: u64) -> u64 {
+    const FOLIO_BYTES: u64 = 2 << 20;
+    let end = size.checked_next_multiple_of(FOLIO_BYTES).unwrap_or(u64::MAX);
+    end.min(i64::MAX.cast_unsigned()).saturating_sub(offset)
+}
+
 /// Takes `length` bytes at `offset` (multiples of the block size, ending before the end of the file) out of the file at `path`: what lies behind moves down.
-/// Linux passes no such request on, so it is armed, and fired by a hole to the end of the file: the kernel then writes back and drops what it caches
-/// itself. The truncation afterwards tells it the new size.
+/// Linux passes no such request on, so it is armed, and fired by a hole to behind the end of the file: the kernel then writes back and drops what it caches
+/// itself. The truncation afterwards tells it the new size: what others append between the two is lost.
 ///
 /// # Errors
 /// [`Error::Unusable`] if the file is none of ours; the filesystem's: `EINVAL` for other ranges, `EAGAIN` if others change the file's size all the time.
@@ -102,8 +110,9 @@ pub fn collapse_range(path: &Path, offset: u64, length: u64) -> Result<()> {
         if length == 0 || offset.checked_add(length).is_none_or(|end| end >= size) {
             return Err(failed(rustix::io::Errno::INVAL));
         }
-        arm(path, &file, ARM_COLLAPSE, offset, length)?;
-        match fallocate(&file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, size - offset) {
+        arm(path, &file, ARM_COLLAPSE, offset, length, size)?;
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        match fallocate(&file, flags, offset, fired_bytes(offset, size)) {
             Err(rustix::io::Errno::AGAIN) => {}
             Err(errno) => return Err(failed(errno)),
             Ok(()) => return rustix::fs::ftruncate(&file, size - length).map_err(failed),
@@ -113,7 +122,8 @@ pub fn collapse_range(path: &Path, offset: u64, length: u64) -> Result<()> {
 }
 
 /// Makes a hole of `length` bytes at `offset` (multiples of the block size, before the end of the file) in the file at `path`: what lies there and behind
-/// moves up. Fired by a zeroing that makes the file longer; see [`collapse_range`].
+/// moves up. Fired by a zeroing; see [`collapse_range`]. That the last byte is allocated afterwards tells the kernel the new size, and cuts nothing off; only where a hole
+/// is there and no space for it, a truncation does.
 ///
 /// # Errors
 /// As there.
@@ -123,10 +133,17 @@ pub fn insert_range(path: &Path, offset: u64, length: u64) -> Result<()> {
         let (file, size) = open_to_change(path)?;
         let end = size.checked_add(length).filter(|_| length > 0 && offset < size);
         let end = end.ok_or_else(|| failed(rustix::io::Errno::INVAL))?;
-        arm(path, &file, ARM_INSERT, offset, length)?;
-        match fallocate(&file, FallocateFlags::ZERO_RANGE, offset, end - offset) {
+        arm(path, &file, ARM_INSERT, offset, length, size)?;
+        let flags = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
+        match fallocate(&file, flags, offset, fired_bytes(offset, end)) {
             Err(rustix::io::Errno::AGAIN) => {}
-            outcome => return outcome.map_err(failed),
+            Err(errno) => return Err(failed(errno)),
+            Ok(()) => {
+                return match fallocate(&file, FallocateFlags::empty(), end - 1, 1) {
+                    Err(rustix::io::Errno::NOSPC) => rustix::fs::ftruncate(&file, end).map_err(failed),
+                    outcome => outcome.map_err(failed),
+                };
+            }
         }
     }
     Err(failed(rustix::io::Errno::AGAIN))

@@ -5,8 +5,9 @@
 //!
 //! Linux does not pass collapse and insert on to FUSE daemons. They are library methods ([`Vfs::collapse_range`], [`Vfs::insert_range`]), and
 //! through a mount they are *armed* by an ioctl on the handle, once, and *fired* by a fallocate that the kernel does pass on, so that the kernel itself
-//! takes its inode lock, writes back, and drops its cache: an insert by ZERO_RANGE from its offset to the new end, a collapse by PUNCH_HOLE|KEEP_SIZE from
-//! its offset to the old end, and then ftruncate(2), which tells the kernel the new size.
+//! takes its inode lock, writes back, and drops its cache. The kernel drops whole pages; of a page that the range covers in part it zeroes that part, and what
+//! a reader has just fetched there would be zeros from then on. So the range goes from the offset to a page boundary behind the end, by PUNCH_HOLE|KEEP_SIZE for a
+//! collapse, by ZERO_RANGE|KEEP_SIZE for an insert; a second call tells the kernel the new size.
 
 use rustix::io::Errno;
 
@@ -29,12 +30,12 @@ const INSERT_RANGE: i32 = 32;
 /// A change that the next fallocate of a handle is to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Armed {
-    Collapse { offset: u64, length: u64 },
-    Insert { offset: u64, length: u64 },
+    Collapse { offset: u64, length: u64, size: u64 },
+    Insert { offset: u64, length: u64, size: u64 },
 }
 
-/// Input of the ioctl that arms: what (u64: [`ARM_COLLAPSE`], [`ARM_INSERT`]), offset, length, all little-endian.
-const ARM_BYTES: usize = 24;
+/// Input of the ioctl that arms: what (u64: [`ARM_COLLAPSE`], [`ARM_INSERT`]), offset, length, the file's size, all little-endian.
+const ARM_BYTES: usize = 32;
 /// See [`super::IOCTL_ARM`].
 pub const ARM_COLLAPSE: u64 = 1;
 /// See [`super::IOCTL_ARM`].
@@ -109,24 +110,28 @@ impl Vfs {
         let input = input.first_chunk::<ARM_BYTES>().ok_or(Error::Posix(Errno::INVAL))?;
         let mut words = input.chunks_exact(8).map(|word| word.try_into().map_or(0, u64::from_le_bytes));
         let mut next = || words.next().unwrap_or(0);
-        let (what, offset, length) = (next(), next(), next());
+        let (what, offset, length, size) = (next(), next(), next(), next());
         let armed = match what {
-            ARM_COLLAPSE => Armed::Collapse { offset, length },
-            ARM_INSERT => Armed::Insert { offset, length },
+            ARM_COLLAPSE => Armed::Collapse { offset, length, size },
+            ARM_INSERT => Armed::Insert { offset, length, size },
             _ => return Err(Errno::INVAL.into()),
         };
         *handle.armed.lock() = Some(armed);
         Ok(())
     }
 
-    /// The fallocate that was armed for, if it is the one: its range shows the size that the kernel believes in.
+    /// The fallocate that was armed for, if it is the one: the kernel has written back all from its start on, and will drop that.
     fn fire(&self, inode: &Arc<VfsInode>, armed: Armed, (start, end): (u64, u64), mode: i32) -> Result<()> {
         match armed {
-            Armed::Collapse { offset, length } if mode == KEEP_SIZE | PUNCH_HOLE && start == offset => {
-                self.collapse_inode(inode, offset, length, Some(end))
+            Armed::Collapse { offset, length, size }
+                if mode == KEEP_SIZE | PUNCH_HOLE && start == offset && end >= size =>
+            {
+                self.collapse_inode(inode, offset, length, Some(size))
             }
-            Armed::Insert { offset, length } if mode == ZERO_RANGE && start == offset => {
-                self.insert_inode(inode, offset, length, end.checked_sub(length))
+            Armed::Insert { offset, length, size }
+                if mode == KEEP_SIZE | ZERO_RANGE && start == offset && end >= size =>
+            {
+                self.insert_inode(inode, offset, length, Some(size))
             }
             _ => Err(Errno::INVAL.into()),
         }

@@ -39,11 +39,12 @@ pub const IOCTL_SYNC: u32 = 0xc701;
 /// but each line is whole, and none is missing.
 pub const IOCTL_STATISTICS: u32 = 0xe000_c702;
 
-/// Makes the next fallocate of the handle a collapse or an insert, which Linux does not pass on. `_IOW(0xc7, 16, [u64; 3])`: what
-/// ([`super::ARM_COLLAPSE`], [`super::ARM_INSERT`]), offset, length. A collapse is then fired by `PUNCH_HOLE | KEEP_SIZE` from its offset to the end
-/// of the file, to be followed by an ftruncate to the new size; an insert by `ZERO_RANGE` from its offset to the new end of the file. Any other
-/// fallocate on the handle fails with `EINVAL`, and disarms; so does one whose end is not the file's (`EAGAIN`).
-pub const IOCTL_ARM: u32 = 0x4018_c710;
+/// Makes the next fallocate of the handle a collapse or an insert, which Linux does not pass on. `_IOW(0xc7, 16, [u64; 4])`: what
+/// ([`super::ARM_COLLAPSE`], [`super::ARM_INSERT`]), offset, length, and the size that the caller believes the file to have. It is fired by `PUNCH_HOLE | KEEP_SIZE` (a
+/// collapse) or `ZERO_RANGE | KEEP_SIZE` (an insert) from the offset to the end of the file or farther: to the end of a page, or the kernel zeroes a part of what it
+/// caches. Afterwards the kernel must be told the new size. Any other fallocate on the handle fails with `EINVAL`, and disarms; so does one of a file that has
+/// another size (`EAGAIN`).
+pub const IOCTL_ARM: u32 = 0x4020_c710;
 
 /// `FS_XFLAG_*` beside the `FS_*_FL` that means the same.
 const EXTENDED_FLAGS: [(u32, u32); 5] =

@@ -183,8 +183,9 @@ impl Vfs {
         let file = Self::file_of(inode)?;
         let block = file.pages.block_bytes();
         let (old_size, stored_size) = (inode.size(), inode.state().stored_size);
-        if stored_size < old_size {
-            // The block that gives the file its size may be among those that are dropped; and the tree's size only covers what the tree has.
+        if stored_size < old_size || grown_size > old_size {
+            // The block that gives the file its size may be among those that are dropped; and the tree's size only covers what the tree has. What is
+            // being written of the last block is as long as the file is now: its commit must not meet a longer one.
             self.write_back(inode)?;
         }
         // Behind the end there is nothing but zeros: a range that reaches the end takes the whole last block.

@@ -138,7 +138,13 @@ impl Vfs {
     }
 
     /// Writes and commits runs that were collected when the file had this size.
-    fn write_runs(&self, inode: &VfsInode, file: &FilePages, runs: Vec<WritebackRun>, size: u64) -> Result<u64> {
+    pub(super) fn write_runs(
+        &self,
+        inode: &VfsInode,
+        file: &FilePages,
+        runs: Vec<WritebackRun>,
+        size: u64,
+    ) -> Result<u64> {
         let block = file.pages.block_bytes();
         let bytes: u64 = runs.iter().map(WritebackRun::length).sum();
         let units: u64 = runs.iter().map(WritebackRun::units).sum();

@@ -2,9 +2,11 @@
 //! zeros that a truncation leaves for a moment.
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
 
 use super::*;
 use crate::data::ReadPiece;
+use crate::pagecache::collect_dirty_with;
 
 fn real() -> Mount {
     let options = OpenOptions { writeback_age: std::time::Duration::from_millis(5), ..OpenOptions::default() };
@@ -127,6 +129,38 @@ fn a_truncation_is_not_undone_by_writeback_under_way() {
             );
         }
     });
+}
+
+/// What is being written of the last block of a file is as long as the file was. A zeroed range that made it longer meanwhile made that commit invalid,
+/// and fsync failed with EINVAL.
+#[test]
+fn a_zeroed_range_behind_the_end_waits_for_writeback_under_way() {
+    const ZERO_RANGE: i32 = 16;
+    let options = OpenOptions { writeback_age: Duration::from_secs(3600), ..OpenOptions::default() };
+    let mount = Mount::with(Env::real(), 64 << 20, options);
+    let (node, handle) = mount.create(ROOT, "f");
+    mount.write((node, handle), 0, &[1; 6000]).unwrap();
+    mount.vfs().fsync(&USER, node, handle, false).unwrap();
+    mount.write((node, handle), 5000, &[2; 1000]).unwrap();
+    let inode = mount.vfs().inode(node).unwrap();
+    let file = inode.file.as_ref().unwrap();
+    let turn = inode.try_writeback_turn().unwrap();
+    let (runs, size) = collect_dirty_with(&file.pages, 0..8192, 1 << 20, || inode.size());
+    let (sender, receiver) = mpsc::channel();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            mount.vfs().fallocate(&USER, node, handle, 8192, 8192, ZERO_RANGE).unwrap();
+            sender.send(()).unwrap();
+        });
+        let has_waited = receiver.recv_timeout(Duration::from_millis(200)).is_err();
+        mount.vfs().write_runs(&inode, file, runs, size).unwrap();
+        drop(turn);
+        assert!(has_waited);
+        receiver.recv_timeout(Duration::from_secs(60)).expect("it ends once that is committed");
+    });
+    let expected = [vec![1; 5000], vec![2; 1000], vec![0; 16_384 - 6000]].concat();
+    assert!(mount.read((node, handle), 0, 20_000).unwrap() == expected);
+    assert_eq!(mount.stored_bytes(node), expected);
 }
 
 /// A file that is cut and appended to at once never holds zeros: not the zeroed rest of the block that it was cut in, and not the hole that was
