@@ -104,8 +104,17 @@ fn the_frames_of_a_batch_are_decoded_at_the_same_time() {
     // Each frame is read once: less than the file has, since it is compressed.
     let read = after["device.bytes_read"] - before["device.bytes_read"];
     assert!(read < mib << 20, "{read} bytes were read for {mib} MiB");
-    let at_once = after["data.frames_decoded_at_once_max"];
+    let mut at_once = after["data.frames_decoded_at_once_max"];
     if std::thread::available_parallelism().is_ok_and(|processors| processors.get() > 1) {
+        // A busy machine may not give the second thread a turn for as long as a batch takes.
+        for _ in 0..20 {
+            if at_once >= 2 {
+                break;
+            }
+            site.remount("cache=daemon,cache_size=2G");
+            read_file(&path, mib, 24);
+            at_once = settled(&site)["data.frames_decoded_at_once_max"];
+        }
         assert!(at_once >= 2, "{at_once}");
     }
     eprintln!("{mib} MiB of zstd: {submissions} submissions, {read} bytes, {at_once} frames at once");
