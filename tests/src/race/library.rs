@@ -1,8 +1,8 @@
 //! The race in this process: the library, on a device in memory, with no kernel in between.
 //!
 //! Here every read is whole: each block is one state's. What ways of reading there are: through the cache, sequential ones for readahead, with all
-//! that is clean evicted first, direct, and by copying to another file. Of the deliberate faults two must be noticed here: an add lock that
-//! excludes nobody, and reads that hold no references on buckets.
+//! that is clean evicted first, direct, and by copying to another file. Of the deliberate faults, an add lock that
+//! excludes nobody must be noticed here.
 
 use std::ffi::OsStr;
 use std::ops::Range;
