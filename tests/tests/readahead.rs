@@ -120,3 +120,27 @@ fn the_frames_of_a_batch_are_decoded_at_the_same_time() {
     eprintln!("{mib} MiB of zstd: {submissions} submissions, {read} bytes, {at_once} frames at once");
     site.unmount_and_check();
 }
+
+#[test]
+fn a_scan_of_four_times_the_cache_leaves_the_hot_file_alone_and_keeps_to_its_memory() {
+    let Some(site) = Site::formatted("384M", &[]) else { return };
+    site.mount("cache=daemon,cache_size=64M");
+    let (hot, scanned) = (site.mnt().join("hot"), site.mnt().join("scanned"));
+    write_file(&hot, 12, 64);
+    write_file(&scanned, 200, 64);
+    site.remount("cache=daemon,cache_size=64M");
+    (0..3).for_each(|_| read_file(&hot, 12, 64));
+    let before = settled(&site);
+    read_file(&scanned, 200, 64);
+    let scanned = settled(&site);
+    assert!(
+        scanned["pagecache.evicted_folios"] > before["pagecache.evicted_folios"],
+        "the scan was larger than the cache"
+    );
+    read_file(&hot, 12, 64);
+    let after = counters(&site);
+    assert_eq!(after["pagecache.misses"], scanned["pagecache.misses"], "the scan threw hot folios out");
+    let peak = after["pagecache.peak_bytes"];
+    assert!(peak <= (64 << 20) / 100 * 105, "{peak} bytes of page cache");
+    site.unmount_and_check();
+}

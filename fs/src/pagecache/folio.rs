@@ -58,6 +58,8 @@ pub struct Folio {
     frequency: AtomicU8,
     /// Which 64ths were read in the present pass over the folio.
     pass: AtomicU64,
+    /// Where the last read ended, in bytes from the folio's start.
+    read_to: AtomicU32,
     space: Weak<AddressSpace>,
 }
 
@@ -102,6 +104,7 @@ impl Folio {
             state: AtomicU32::new(LOCKED | flags),
             frequency: AtomicU8::new(0),
             pass: AtomicU64::new(0),
+            read_to: AtomicU32::new(0),
             space: Arc::downgrade(space),
         }))
     }
@@ -269,20 +272,27 @@ impl Folio {
             && self.state.fetch_and(!MARKER, Ordering::Relaxed) & MARKER != 0
     }
 
-    /// Notes that `blocks` (relative) were read. Returns whether it is the first read of a folio that readahead had guessed.
+    /// Notes that `bytes` (of the file, inside the folio) were read. Returns whether it is the first read of a folio that readahead had guessed.
     ///
-    /// A pass over the folio in pieces counts once, so that a sequential scan in small reads does not look like a hot folio.
-    pub(super) fn touch(&self, blocks: Range<u32>) -> bool {
+    /// A pass over the folio in pieces counts once, so that a sequential scan in small reads does not look like a hot folio: a read that goes on
+    /// where the last one ended may begin in a part that was seen.
+    pub(super) fn touch(&self, bytes: &Range<u64>) -> bool {
+        let within = |offset: u64| u32::try_from(offset.saturating_sub(self.start())).unwrap_or(u32::MAX);
+        let (start, end) = (within(bytes.start), within(bytes.end));
+        let goes_on = self.read_to.load(Ordering::Relaxed) == start;
+        self.read_to.store(end, Ordering::Relaxed);
+        let parts = self.parts(&(start >> self.block_shift..end.div_ceil(1 << self.block_shift)));
         let state = self.state.load(Ordering::Relaxed);
         if state & UNREAD != 0 {
             let before = self.state.fetch_and(!(UNREAD | AHEAD), Ordering::Relaxed);
-            self.pass.fetch_or(self.parts(&blocks), Ordering::Relaxed);
+            self.pass.fetch_or(parts, Ordering::Relaxed);
             return before & (UNREAD | AHEAD) == UNREAD | AHEAD;
         }
         if self.frequency.load(Ordering::Relaxed) < FREQUENCY_MAX {
-            let parts = self.parts(&blocks);
+            // All but the first.
+            let again = if goes_on { parts & parts.wrapping_sub(1) } else { parts };
             let seen = self.pass.load(Ordering::Relaxed);
-            if seen & parts == parts {
+            if again != 0 && seen & again == again {
                 self.pass.store(parts, Ordering::Relaxed);
                 // Lost updates of a hint do no harm.
                 self.frequency

@@ -106,8 +106,9 @@ fn read_hit(context: &ReadContext<'_>, at: u64, end: u64) -> Hit {
         return Hit::Miss(Some(Arc::clone(folio)));
     }
     let run_end = (index + u64::from(run)) << space.block_shift();
-    let reference = folio.reference(&(at..end.min(run_end)));
-    if folio.touch(first..first + run) {
+    let range = at..end.min(run_end);
+    let reference = folio.reference(&range);
+    if folio.touch(&range) {
         space.cache().metrics().pagecache_readahead_used.increment();
     }
     Hit::Bytes { reference, marker: folio.take_marker().then_some(index) }
