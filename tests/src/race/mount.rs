@@ -6,7 +6,7 @@
 //! - Beside them: fsync of the racing files; and files that are written, fsynced, renamed over each other and removed, with what an old one holds
 //!   compared before it goes. The rest of the image is full, so that what is freed is what is taken.
 //!
-//! What must hold depends on who answers ([`Source`]). With `cache=daemon` read(2) gets its bytes from us in one piece. Mappings and splice have
+//! What must hold depends on who answers. With `cache=daemon` read(2) gets its bytes from us in one piece. Mappings and splice have
 //! the kernel's page cache in every mode, and with the other modes all reads have: such pages may be torn by the kernel itself, so each byte counts.
 //! (An O_DIRECT read that comes to the kernel's end of the file goes on in its page cache, so it counts as one of that.) No stale page is
 //! allowed anywhere: what had ended when a read began is not seen again.
