@@ -6,8 +6,9 @@
 //!
 //! - **Somebody always reads**, but while every thread is busy: a place is given up only to a parked thread, or if none is parked; a thread parks only
 //!   if others have places. Threads that have not served yet all read, and are not counted.
-//! - **How many places** follows the load: one more when requests keep being there already when a thread comes back, one less when threads wait
-//!   for them; never more than processors.
+//! - **How many places** follows the load: one more when a thread hardly ever waits for the next request, one less when it waits for half of the time; never
+//!   more than processors. (That a request is there already when a thread comes back says little: a client on another processor is that fast. A second
+//!   reader would then only be woken in vain.)
 //! - **The end**: a thread of fuser's that ends tells the others (by the destructor of its thread-local seat), and nobody parks from then on:
 //!   each finds by itself that the connection is gone. The last reader has served, or else none has parked.
 //!
@@ -20,12 +21,12 @@ use crate::env::blocking;
 use crate::sync::atomic::{AtomicUsize, Ordering};
 use crate::sync::{Arc, Condvar, LockClass, Mutex, Rank};
 
-/// A request that comes sooner after the last answer was there already.
-const BACKLOG: Duration = Duration::from_micros(4);
-/// A request that comes later has been waited for.
-const IDLE: Duration = Duration::from_micros(30);
-/// Requests in a row that change the number of places.
-const STREAK: u32 = 64;
+/// Requests after which a thread looks at how much of the time it has waited.
+const WINDOW: u32 = 256;
+/// A thread that waits for less than this part of the time is not enough.
+const BUSY_PART: u32 = 32;
+/// One that waits for more than this part is more than enough, if it is not alone.
+const IDLE_PART: u32 = 2;
 
 /// How long a request may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,9 +67,13 @@ struct Seat {
     crew: Arc<Crew>,
     /// Whether it is one of `readers`.
     counted: bool,
+    /// When its last answer was sent, and when the request that it works on had come.
     answered: Option<Instant>,
-    backlog: u32,
-    idle: u32,
+    arrived: Option<Instant>,
+    /// Quick requests in this window, how long it waited for them, and how long it worked on them.
+    requests: u32,
+    waited: Duration,
+    worked: Duration,
 }
 
 thread_local! {
@@ -123,7 +128,7 @@ impl Crew {
         SEAT.with(|seat| {
             let mut seat = seat.borrow_mut();
             if !seat.as_ref().is_some_and(|seat| Arc::ptr_eq(&seat.crew, self)) {
-                *seat = Some(Seat { crew: Arc::clone(self), counted: false, answered: None, backlog: 0, idle: 0 });
+                *seat = Some(Seat::new(Arc::clone(self)));
                 blocking::set_hook(|| with_seat(Seat::step_aside));
             }
         });
@@ -164,6 +169,11 @@ impl Crew {
 }
 
 impl Seat {
+    fn new(crew: Arc<Crew>) -> Self {
+        let (waited, worked) = (Duration::ZERO, Duration::ZERO);
+        Self { crew, counted: false, answered: None, arrived: None, requests: 0, waited, worked }
+    }
+
     /// Counts the thread, if it is not, and learns from how soon the request came.
     fn arrived(&mut self) {
         if !self.counted {
@@ -172,21 +182,21 @@ impl Seat {
             self.counted = true;
             self.crew.publish(&places);
         }
-        let Some(answered) = self.answered else { return };
-        let waited = answered.elapsed();
-        self.backlog = if waited < BACKLOG { self.backlog + 1 } else { 0 };
-        self.idle = if waited > IDLE { self.idle + 1 } else { 0 };
-        if self.backlog >= STREAK {
-            self.backlog = 0;
-            if self.crew.wanted.load(Ordering::Relaxed) < self.crew.wanted_max {
-                self.crew.adjust(true);
-            }
+        let now = Instant::now();
+        self.arrived = Some(now);
+        if let Some(answered) = self.answered {
+            self.requests += 1;
+            self.waited += now.saturating_duration_since(answered);
         }
-        if self.idle >= STREAK {
-            self.idle = 0;
-            if self.crew.wanted.load(Ordering::Relaxed) > 1 {
+        if self.requests >= WINDOW {
+            let time = self.waited + self.worked;
+            let wanted = self.crew.wanted.load(Ordering::Relaxed);
+            if self.waited * BUSY_PART < time && wanted < self.crew.wanted_max {
+                self.crew.adjust(true);
+            } else if self.waited * IDLE_PART > time && wanted > 1 {
                 self.crew.adjust(false);
             }
+            (self.requests, self.waited, self.worked) = (0, Duration::ZERO, Duration::ZERO);
         }
     }
 
@@ -206,6 +216,12 @@ impl Seat {
 
     /// The answer is sent: takes a place, or parks until there is one.
     fn answered(&mut self) {
+        // What it gave its place away for says nothing about the load.
+        if self.counted
+            && let Some(arrived) = self.arrived
+        {
+            self.worked += arrived.elapsed();
+        }
         let crew = &self.crew;
         let has_place = self.counted && crew.readers.load(Ordering::Relaxed) <= crew.wanted.load(Ordering::Relaxed);
         if !has_place && !std::thread::panicking() {
