@@ -239,7 +239,7 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
     }
 
     fn forget(&self, _: &Request, node: INodeNo, lookups: u64) {
-        let _shift = self.crew.enter(Work::Quick);
+        // No shift: fuser calls this once for each node of one request, and a thread that parked in between would keep the rest.
         let counted = self.phantoms.take_off(node.0, lookups);
         if counted > 0 {
             let _ = self.run("forget", |operations| {
