@@ -1,6 +1,6 @@
 //! Memory under load: page cache and node cache together keep to `cache_size`, and the daemon to that and a fixed amount more.
 //!
-//! Longer form by an environment variable: `COPPICE_MEMORY_SECONDS` (3).
+//! Longer form by an environment variable: `COPPICE_MEMORY_SECONDS` (8).
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -83,7 +83,7 @@ fn churn(folder: &Path, seed: u64, end: Instant) -> u64 {
 
 #[test]
 fn the_caches_keep_to_their_size_and_the_daemon_to_its_memory() {
-    let seconds = count("COPPICE_MEMORY_SECONDS", 3);
+    let seconds = count("COPPICE_MEMORY_SECONDS", 8);
     // So large that what may be dirty of nodes, by their space, is more than the cache has for them.
     let Some(site) = Site::formatted("12G", &[]) else { return };
     site.mount(&format!("cache=daemon,cache_size={CACHE_MIB}M"));
