@@ -24,7 +24,7 @@ const CHECKPOINTS_HELD: u64 = 3;
 /// Most bytes of dirty nodes on any device.
 const DIRTY_NODE_BYTES_MAX: u64 = 64 << 20;
 /// Fewest dirty nodes that transactions can work with.
-const DIRTY_NODES_MIN: u64 = 24;
+pub const DIRTY_NODES_MIN: u64 = 24;
 /// The same on a device that is too small for so many.
 const DIRTY_NODES_LEAST: u64 = 8;
 /// Part of the device that dirty nodes may take, where that is between the bounds.

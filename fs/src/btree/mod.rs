@@ -38,6 +38,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::OnceLock;
 
 use crate::alloc::TestSwitches;
+use crate::alloc::capacity::DIRTY_NODES_MIN;
 use crate::device::BlockDevice;
 use crate::env::{Env, Event};
 use crate::error::{Error, Result};
@@ -64,9 +65,6 @@ use checkpoint::Kept;
 use image::{Expected, LEVEL_MAX};
 use node::{Content, Limits, Node};
 use node_space::NodeSpace;
-
-/// So many dirty nodes there may be in any memory.
-const DIRTY_NODES_MIN: u64 = 24;
 
 /// What a forest needs to know.
 #[derive(Clone, Debug)]

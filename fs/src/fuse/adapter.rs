@@ -610,7 +610,6 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
 
     /// Never asked with `default_permissions`.
     fn access(&self, _: &Request, _: INodeNo, _: AccessFlags, reply: ReplyEmpty) {
-        let _shift = self.crew.enter(Work::Quick);
         reply.ok();
     }
 
@@ -650,7 +649,6 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
         _: u32,
         reply: ReplyLock,
     ) {
-        let _shift = self.crew.enter(Work::Quick);
         reply.error(Errno::EOPNOTSUPP);
     }
 
@@ -668,13 +666,11 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
         _: bool,
         reply: ReplyEmpty,
     ) {
-        let _shift = self.crew.enter(Work::Quick);
         reply.error(Errno::EOPNOTSUPP);
     }
 
     /// Never asked: only for filesystems with a block device of the kernel's.
     fn bmap(&self, _: &Request, _: INodeNo, _: u32, _: u64, reply: ReplyBmap) {
-        let _shift = self.crew.enter(Work::Quick);
         reply.error(Errno::EOPNOTSUPP);
     }
 
@@ -718,7 +714,6 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
         _: PollFlags,
         reply: ReplyPoll,
     ) {
-        let _shift = self.crew.enter(Work::Quick);
         let ready = PollEvents::POLLIN | PollEvents::POLLOUT | PollEvents::POLLRDNORM | PollEvents::POLLWRNORM;
         reply.poll(events & ready);
     }

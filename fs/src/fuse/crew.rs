@@ -111,6 +111,18 @@ fn with_seat(act: impl FnOnce(&mut Seat)) {
     });
 }
 
+/// How many places there should be, where there are `wanted` and one of the threads waited and worked for so long in a window.
+fn places_for(waited: Duration, worked: Duration, wanted: usize) -> usize {
+    let time = waited + worked;
+    if waited * BUSY_PART < time {
+        wanted + 1
+    } else if waited * IDLE_PART > time {
+        wanted.saturating_sub(1)
+    } else {
+        wanted
+    }
+}
+
 impl Crew {
     /// A crew for a session of `threads` threads on a host of `processors`.
     pub(super) fn new(threads: usize, processors: usize) -> Arc<Self> {
@@ -156,11 +168,10 @@ impl Crew {
         is_there
     }
 
-    /// One place more or less, within the bounds.
-    fn adjust(&self, more: bool) {
+    /// So many places there are from now on.
+    fn want(&self, wanted: usize) {
         let mut places = self.places.lock();
-        let wanted = if more { places.wanted + 1 } else { places.wanted.saturating_sub(1) };
-        places.wanted = wanted.clamp(1, self.wanted_max);
+        places.wanted = wanted;
         if places.readers < places.wanted && self.call_one(&mut places) {
             places.readers += 1;
         }
@@ -189,12 +200,10 @@ impl Seat {
             self.waited += now.saturating_duration_since(answered);
         }
         if self.requests >= WINDOW {
-            let time = self.waited + self.worked;
             let wanted = self.crew.wanted.load(Ordering::Relaxed);
-            if self.waited * BUSY_PART < time && wanted < self.crew.wanted_max {
-                self.crew.adjust(true);
-            } else if self.waited * IDLE_PART > time && wanted > 1 {
-                self.crew.adjust(false);
+            let better = places_for(self.waited, self.worked, wanted).clamp(1, self.crew.wanted_max);
+            if better != wanted {
+                self.crew.want(better);
             }
             (self.requests, self.waited, self.worked) = (0, Duration::ZERO, Duration::ZERO);
         }
@@ -357,7 +366,36 @@ mod tests {
     }
 
     #[test]
-    fn a_flood_raises_the_places_and_everything_is_answered() {
+    fn places_follow_the_part_of_the_time_that_a_thread_waits() {
+        let after = |waited, worked| places_for(Duration::from_micros(waited), Duration::from_micros(worked), 2);
+        assert_eq!([after(1, 99), after(4, 96), after(50, 50), after(51, 49), after(100, 0)], [3, 2, 2, 1, 1]);
+        assert_eq!(after(0, 0), 2);
+        assert_eq!(places_for(Duration::from_secs(1), Duration::ZERO, 0), 0);
+    }
+
+    #[test]
+    fn a_busy_thread_gets_another_beside_it_and_idle_ones_do_not_stay() {
+        let crew = Crew::new(4, 2);
+        // One who never waits: what it works on takes longer than it takes to come back.
+        let begin = Instant::now();
+        let wanted = || {
+            assert!(begin.elapsed() < Duration::from_secs(60), "it takes too long");
+            crew.places.lock().wanted
+        };
+        while wanted() < 2 {
+            let shift = crew.enter(Work::Quick);
+            let start = Instant::now();
+            while start.elapsed() < Duration::from_micros(200) {}
+            drop(shift);
+        }
+        while wanted() > 1 {
+            std::thread::sleep(Duration::from_micros(50));
+            drop(crew.enter(Work::Quick));
+        }
+    }
+
+    #[test]
+    fn a_flood_is_answered() {
         let session = Session::new(8, 4);
         let (answer, answered) = channel();
         for number in 0..20_000_u64 {

@@ -91,9 +91,13 @@ impl<O: Operations> Session<O> {
     /// If reading requests failed: the mount is then taken away.
     pub fn serve(self) -> Result<()> {
         let mounted = self.mounted;
-        self.session.run().map_err(|error| {
-            let _ = mounted.unmount(true);
-            Error::io("serving FUSE requests failed", error)
-        })
+        match self.session.run() {
+            // Of a connection that has ended the kernel says ENODEV to those who wait, but this to one who had just taken a request.
+            Err(error) if error.raw_os_error() != Some(libc::ECONNABORTED) => {
+                let _ = mounted.unmount(true);
+                Err(Error::io("serving FUSE requests failed", error))
+            }
+            _ => Ok(()),
+        }
     }
 }

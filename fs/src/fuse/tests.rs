@@ -20,6 +20,7 @@ use super::{MemoryFilesystem, Negotiated, Session, SessionSettings};
 use crate::error::Result;
 use crate::options::CacheMode;
 use crate::sync::Arc;
+use crate::sync::atomic::{AtomicBool, Ordering};
 
 struct TestMount {
     filesystem: Arc<MemoryFilesystem>,
@@ -298,6 +299,30 @@ fn an_entry_without_attributes_is_listed_and_its_lookup_is_not_counted() {
     }
     assert!(!mount.filesystem.is_latched(), "more lookups were given back than counted");
     mount.end();
+}
+
+/// Also for a thread that has just taken a request: one of a hundred rounds or so has one.
+#[test]
+fn a_connection_that_ends_under_load_is_an_end_and_no_error() {
+    for _ in 0..150 {
+        let Some(mut mount) = TestMount::new(CacheMode::Kernel) else { return };
+        let (absent, mounted) = (mount.path("nothing"), mount.mounted.clone());
+        let is_over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    while !is_over.load(Ordering::Relaxed) {
+                        let _ = fs::metadata(&absent);
+                    }
+                });
+            }
+            std::thread::yield_now();
+            mounted.abort().unwrap();
+            is_over.store(true, Ordering::Relaxed);
+        });
+        mount.server.take().unwrap().join().unwrap().unwrap();
+        mounted.unmount(true).unwrap();
+    }
 }
 
 #[test]
