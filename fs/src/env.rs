@@ -122,10 +122,13 @@ impl Event {
     /// through [`Env::wait`].
     #[cfg(not(loom))]
     pub fn wait_past(&self, seen: u64, timeout: Option<Duration>) {
-        if self.generation() == seen {
-            blocking::about_to_wait();
-        }
         let mut generation = self.generation.lock();
+        if *generation == seen {
+            drop(generation);
+            // Takes locks of its own.
+            blocking::about_to_wait();
+            generation = self.generation.lock();
+        }
         match timeout {
             None => {
                 while *generation == seen {

@@ -320,8 +320,9 @@ fn a_connection_that_ends_under_load_is_an_end_and_no_error() {
             mounted.abort().unwrap();
             is_over.store(true, Ordering::Relaxed);
         });
-        mount.server.take().unwrap().join().unwrap().unwrap();
+        let end = mount.server.take().unwrap().join().unwrap();
         mounted.unmount(true).unwrap();
+        end.unwrap();
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::fmt::Debug;
 use std::fs::OpenOptions;
+use std::io::IsTerminal;
 use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -78,8 +79,11 @@ pub(super) fn to_terminal(verbose: bool, log: Option<&Path>) -> anyhow::Result<(
     match log {
         Some(path) => to_file(verbose, path),
         None => {
-            let subscriber =
-                tracing_subscriber::fmt().with_env_filter(filter(verbose)).with_writer(std::io::stderr).finish();
+            let subscriber = tracing_subscriber::fmt()
+                .with_env_filter(filter(verbose))
+                .with_ansi(std::io::stderr().is_terminal())
+                .with_writer(std::io::stderr)
+                .finish();
             let _ = subscriber.with(WithoutWithdrawn).try_init();
             Ok(())
         }
