@@ -5,6 +5,8 @@
 //! - [`operation`]: one POSIX operation as data, and the bytes that writes put into files.
 //! - [`tree`]: what a filesystem holds, as a walk finds it.
 //! - [`model`]: a plain in-memory filesystem that knows what was synced, and what a crash may leave (the oracle).
+//! - [`regions`]: where the structures of an image lie, by name.
+//! - [`shown`]: what a damaged filesystem shows, against what it should.
 //! - [`crash`]: runs a workload on a simulated device, cuts the power everywhere, and asks the oracle.
 //! - [`filesystem_subject`]: coppice itself, in this process, for [`crash`].
 //! - [`mount`]: an image in a temporary folder, formatted, mounted and checked by the real programs.
@@ -15,6 +17,8 @@
 pub mod limit;
 pub mod operation;
 pub mod tree;
+pub mod regions;
+pub mod shown;
 pub mod model;
 pub mod crash;
 pub mod mount;

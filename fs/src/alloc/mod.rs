@@ -113,6 +113,8 @@ pub struct TestSwitches {
     pub add_lock_excludes_nobody: bool,
     /// Microseconds to pause, at most, where a race would have to come between: a read after its look-up, a hole between the cache and the tree.
     pub pause_us: u16,
+    /// Promises of space with these numbers (first and last, from 0 at the mount) are refused, though there is space.
+    pub refuse_promises: Option<(u32, u32)>,
 }
 
 #[cfg(test)]

@@ -62,6 +62,8 @@ pub struct Space {
     metrics: Arc<Metrics>,
     allocator: Arc<Allocator>,
     switches: TestSwitches,
+    /// Promises that were asked for, where a switch refuses some.
+    promises: AtomicU32,
     /// Threads that wait for a free bucket.
     waiters: AtomicU32,
     /// Wakes copygc.
@@ -136,6 +138,7 @@ impl Space {
             metrics,
             allocator,
             switches,
+            promises: AtomicU32::new(0),
             waiters: AtomicU32::new(0),
             copygc_event: Event::new(),
             copygc_exhausted: AtomicBool::new(false),
@@ -159,7 +162,7 @@ impl Space {
     /// # Errors
     /// [`Error::NoSpace`]. Dirty data that overwrites or compresses gives back more than it is charged with, so write back first, then ask again.
     pub fn reserve(&self, bytes: u64) -> Result<SpaceReservation> {
-        self.refresh_node_bytes();
+        self.before_promise()?;
         self.allocator.reserve(bytes)
     }
 
@@ -168,7 +171,7 @@ impl Space {
     /// # Errors
     /// [`Error::NoSpace`].
     pub fn reserve_unwritten(&self, bytes: u64) -> Result<SpaceReservation> {
-        self.refresh_node_bytes();
+        self.before_promise()?;
         self.allocator.reserve_unwritten(bytes)
     }
 
@@ -184,8 +187,18 @@ impl Space {
     /// # Errors
     /// [`Error::NoSpace`].
     pub fn reserve_metadata(&self, key_bytes: u64) -> Result<SpaceReservation> {
-        self.refresh_node_bytes();
+        self.before_promise()?;
         self.allocator.reserve_metadata(key_bytes)
+    }
+
+    fn before_promise(&self) -> Result<()> {
+        self.refresh_node_bytes();
+        match self.switches.refuse_promises {
+            Some((first, last)) if (first..=last).contains(&self.promises.fetch_add(1, Ordering::Relaxed)) => {
+                Err(Error::NoSpace("a test refuses it"))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Learns what the trees' nodes take.
