@@ -7,6 +7,7 @@
 //! - [`model`]: a plain in-memory filesystem that knows what was synced, and what a crash may leave (the oracle).
 //! - [`regions`]: where the structures of an image lie, by name.
 //! - [`shown`]: what a damaged filesystem shows, against what it should.
+//! - [`faulty`]: a device that misbehaves by a plan, also under a real mount.
 //! - [`crash`]: runs a workload on a simulated device, cuts the power everywhere, and asks the oracle.
 //! - [`filesystem_subject`]: coppice itself, in this process, for [`crash`].
 //! - [`mount`]: an image in a temporary folder, formatted, mounted and checked by the real programs.
@@ -17,6 +18,7 @@
 pub mod limit;
 pub mod operation;
 pub mod tree;
+pub mod faulty;
 pub mod regions;
 pub mod shown;
 pub mod model;

@@ -11,6 +11,12 @@ use crate::mount::{Mountable, Target};
 /// The open filesystem of an image.
 pub struct Image(Arc<Filesystem>);
 
+impl From<Arc<Filesystem>> for Image {
+    fn from(filesystem: Arc<Filesystem>) -> Self {
+        Self(filesystem)
+    }
+}
+
 impl Mountable for Image {
     type Operations = Vfs;
 
