@@ -13,6 +13,7 @@
 //! - [`mount`]: an image in a temporary folder, formatted, mounted and checked by the real programs.
 //! - [`fsx`]: random operations on one file against an array of bytes, in this process.
 //! - [`race`]: readers against everything that frees and reuses what they read, on real threads, in this process and on a mount.
+//! - [`fuzz`]: fuzz targets and their corpus.
 //! - [`workloads`]: the small workloads that are crashed everywhere, and random ones by seed.
 
 pub mod limit;
@@ -25,6 +26,7 @@ pub mod model;
 pub mod crash;
 pub mod mount;
 pub mod workloads;
+pub mod fuzz;
 pub mod race;
 pub mod fsx;
 pub mod filesystem_subject;
