@@ -152,7 +152,7 @@ fn adopt(folder: &Path, files: &mut BTreeMap<String, Known>) {
 }
 
 fn rounds(options: &str, format: &[&str], seed: u64) {
-    const THREADS: u64 = 2;
+    const THREADS: u64 = 4;
     let rounds = count("COPPICE_KILL_ROUNDS", 5);
     let seed = number("COPPICE_KILL_SEED", seed);
     let Some(site) = Site::formatted("256M", format) else { return };

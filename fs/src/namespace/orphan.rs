@@ -37,7 +37,7 @@ impl Namespace {
     /// orphan key. Returns whether more is to be done. An inode that is gone or has a name is left alone.
     ///
     /// # Errors
-    /// [`Error::Bug`] if extents are left; those of the tree.
+    /// [`Error::Corrupt`] if extents are left; those of the tree.
     pub fn delete_orphan_step(&self, transaction: &mut Transaction<'_>, number: InodeNumber) -> Result<bool> {
         let Some(inode) = self.inode(transaction, number)? else {
             transaction.delete(BtreeId::Orphans, self.orphan_position(number));
@@ -55,7 +55,9 @@ impl Namespace {
             return Ok(true);
         }
         if !self.visible_range(transaction, BtreeId::Extents, number.0, 0, 1)?.is_empty() {
-            return Err(Error::Bug(format!("inode {number} is to be deleted and still has extents")));
+            // The caller has cut it to nothing: what is left cannot be where it is.
+            let problem = "extents of it lie where none of its size can";
+            return Err(Error::corrupt(format!("inode {number}, which is to be deleted"), problem));
         }
         self.delete_inode_key(transaction, number);
         transaction.delete(BtreeId::Orphans, self.orphan_position(number));
