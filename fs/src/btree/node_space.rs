@@ -274,19 +274,23 @@ impl NodeSpace {
     /// The map that a checkpoint with these changes stores: its pages, by index.
     ///
     /// # Errors
-    /// [`Error::Bug`] if a slot would be used twice or dropped without having been used.
+    /// [`Error::Corrupt`] if a slot would be used twice or dropped without having been used: the map of the checkpoint that was opened, or a pointer
+    /// in its trees, is not what it should be.
     pub fn pages(&self, changes: &SlotChanges) -> Result<Vec<Vec<MapEntry>>> {
         let mut newest: BTreeMap<BucketKey, u64> =
             self.buckets.iter().map(|(key, slots)| (*key, slots.newest)).collect();
+        let bad = |problem: String| Error::corrupt("node-space map", problem);
         for (&address, &by) in &changes.0 {
             let (key, bit) = self.locate(address);
-            let used = newest.get_mut(&key).ok_or_else(|| Error::Bug(format!("a node in a foreign bucket {key:?}")))?;
+            let used = newest
+                .get_mut(&key)
+                .ok_or_else(|| bad(format!("a node lies at {address:?}, which is no bucket of nodes")))?;
             match (by, *used & bit != 0) {
                 (0, _) => {}
                 (1, false) => *used |= bit,
                 (-1, true) => *used &= !bit,
                 (by, was) => {
-                    return Err(Error::Bug(format!("slot {address:?} changes by {by}, and was used: {was}")));
+                    return Err(bad(format!("slot {address:?} changes by {by}, and was used: {was}")));
                 }
             }
         }
