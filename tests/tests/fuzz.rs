@@ -29,8 +29,16 @@ fn inputs(target: &Target) -> Vec<(String, Vec<u8>)> {
 /// An input that fails is written down.
 fn feed(target: &Target, name: &str, input: &[u8]) {
     let start = Instant::now();
+    // One that does not come back is found here.
+    let under_way = std::env::temp_dir().join(format!("coppice-fuzz-{}-{}", target.name, std::process::id()));
+    if target.is_slow {
+        fs::write(&under_way, input).unwrap();
+    }
     let outcome = catch_unwind(AssertUnwindSafe(|| (target.run)(input)));
     let took = start.elapsed();
+    if target.is_slow {
+        fs::remove_file(&under_way).unwrap();
+    }
     if outcome.is_err() || took > INPUT_TIME_MAX {
         let kept = corpus(target).join(format!("failure-{:08x}", crc32c::crc32c(input)));
         fs::write(&kept, input).unwrap();

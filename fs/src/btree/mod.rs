@@ -191,13 +191,18 @@ type MergeCandidate = (u8, BtreeId, Position);
 
 /// Bits of a node id below the epoch.
 const NODE_COUNTER_BITS: u32 = 40;
+/// The highest mount epoch whose node ids are of their own.
+const EPOCH_MAX: u64 = u64::MAX >> NODE_COUNTER_BITS;
 
 impl Forest {
     /// Opens the trees of a checkpoint. Reads the roots.
     ///
     /// # Errors
-    /// If a root cannot be read.
+    /// If a root cannot be read; [`Error::Corrupt`] for an epoch that no number of mounts leads to.
     pub fn open(config: ForestConfig, opening: &Opening, env: Arc<Env>, metrics: Arc<Metrics>) -> Result<Arc<Self>> {
+        if config.epoch > EPOCH_MAX {
+            return Err(Error::corrupt("mount epoch", format!("it is {}, at most {EPOCH_MAX} can be", config.epoch)));
+        }
         let limits = Limits::new(&config.superblock.geometry);
         let reader = NodeReader::new(config.superblock, config.devices, Arc::clone(&metrics));
         let map = reader.read_map(&opening.newest)?;

@@ -127,6 +127,9 @@ impl CommitOptions {
     }
 }
 
+/// Restarts in a row that no load explains: seconds of nothing else.
+const RESTARTS_MAX: u32 = 1 << 20;
+
 /// A transaction that has committed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Committed<T> {
@@ -200,7 +203,8 @@ impl Transactions {
     /// through [`Transaction::on_commit`]. Holds no lock while the body runs.
     ///
     /// # Errors
-    /// The body's own, and those of the commit: the device's, [`Error::Latched`], [`Error::NoSpace`] from triggers.
+    /// The body's own, and those of the commit: the device's, [`Error::Latched`], [`Error::NoSpace`] from triggers; [`Error::Corrupt`] if what it
+    /// reads never stays as it was, as where two nodes have one id.
     pub fn run<'a, T>(
         &'a self,
         options: CommitOptions,
@@ -219,6 +223,12 @@ impl Transactions {
                 Err(Error::Restart) => {
                     self.metrics.transaction_restarts.increment();
                     attempts += 1;
+                    if attempts == RESTARTS_MAX {
+                        return Err(Error::corrupt(
+                            "the B-trees",
+                            format!("they had changed after each of {attempts} looks"),
+                        ));
+                    }
                     // Another transaction committed in between each time, so the system as a whole makes progress.
                     if attempts.is_multiple_of(8) && !self.env.is_simulated() {
                         std::thread::yield_now();

@@ -24,17 +24,24 @@ pub struct Target {
     pub name: &'static str,
     /// Panics if what must hold does not.
     pub run: fn(&[u8]),
+    /// It takes milliseconds, and could wait for ever.
+    pub is_slow: bool,
     seeds: fn() -> Vec<Vec<u8>>,
 }
 
 /// All targets.
 pub const TARGETS: [Target; 6] = [
-    Target { name: "superblock", run: decoders::superblock, seeds: decoders::superblock_seeds },
-    Target { name: "journal-record", run: decoders::journal_record, seeds: decoders::journal_record_seeds },
-    Target { name: "node", run: decoders::node, seeds: decoders::node_seeds },
-    Target { name: "value", run: decoders::value, seeds: decoders::value_seeds },
-    Target { name: "image", run: image::image, seeds: image::seeds },
-    Target { name: "operations", run: operations::operations, seeds: operations::seeds },
+    Target { name: "superblock", run: decoders::superblock, is_slow: false, seeds: decoders::superblock_seeds },
+    Target {
+        name: "journal-record",
+        run: decoders::journal_record,
+        is_slow: false,
+        seeds: decoders::journal_record_seeds,
+    },
+    Target { name: "node", run: decoders::node, is_slow: false, seeds: decoders::node_seeds },
+    Target { name: "value", run: decoders::value, is_slow: false, seeds: decoders::value_seeds },
+    Target { name: "image", run: image::image, is_slow: true, seeds: image::seeds },
+    Target { name: "operations", run: operations::operations, is_slow: true, seeds: operations::seeds },
 ];
 
 /// The target of this name.
