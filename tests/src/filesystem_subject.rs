@@ -3,8 +3,10 @@
 //! Everything runs on the calling thread: [`Env::simulated`] steps the workers, at moments that the seed picks. Operations go through the
 //! [`Vfs`], as requests of the kernel would; what the kernel itself refuses (writing to a directory) is refused here.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -12,6 +14,7 @@ use coppicefs::device::{BlockDevice, SimDevice};
 use coppicefs::env::Env;
 use coppicefs::filesystem::format::test_geometry;
 use coppicefs::filesystem::{Filesystem, FormatOptions, OpenOptions, WorkerSet};
+use coppicefs::format::checksum::{ChecksumKind, CompressionKind};
 use coppicefs::format::namespace::FileType;
 use coppicefs::options::AccessTimes;
 use coppicefs::space::TestSwitches;
@@ -30,6 +33,7 @@ const EXCHANGE: u32 = 2;
 const KEEP_SIZE: i32 = 1;
 const KEEP_SIZE_AND_PUNCH_HOLE: i32 = 3;
 const ZERO_RANGE: i32 = 16;
+const FIFO_BITS: u32 = 0o010_000;
 /// Bytes of one write request, as the kernel cuts them.
 const WRITE_BYTES_MAX: usize = 128 << 10;
 
@@ -42,6 +46,10 @@ pub struct Coppice {
     pub commit_at_once: bool,
     /// Deliberate faults.
     pub switches: TestSwitches,
+    /// Budget of page cache and node cache, in bytes.
+    pub cache_bytes: u64,
+    /// Largest record of the journal, in bytes.
+    pub record_bytes_max: u32,
     /// The filesystem's counters, summed over all mounts so far: what was exercised.
     pub counters: Arc<Mutex<BTreeMap<&'static str, u64>>>,
 }
@@ -59,14 +67,15 @@ impl Default for Coppice {
         let mut format = test_geometry();
         // Small, so that the ring wraps and recovery reads little.
         format.journal_bytes = 256 << 10;
-        Self { format, commit_at_once: false, switches: TestSwitches::default(), counters: Arc::default() }
+        Self { format, commit_at_once: false, switches: TestSwitches::default(), cache_bytes: 8 << 20, record_bytes_max: 1 << 20, counters: Arc::default() }
     }
 }
 
 impl Coppice {
     fn options(&self, env: &Arc<Env>) -> OpenOptions {
         OpenOptions {
-            cache_bytes: 8 << 20,
+            cache_bytes: self.cache_bytes,
+            record_bytes_max: self.record_bytes_max,
             access_times: AccessTimes::Never,
             env: Some(Arc::clone(env)),
             switches: self.switches,
@@ -75,6 +84,59 @@ impl Coppice {
             ..OpenOptions::default()
         }
     }
+}
+
+/// Every broken build, by the name that `coppice-crash --switch` takes.
+#[must_use]
+pub fn switch_names(switches: &TestSwitches) -> Vec<(&'static str, bool)> {
+    vec![
+        ("skip-data-flush", switches.skip_data_flush),
+        ("reuse-too-early", switches.reuse_too_early),
+        ("drop-journal-record", switches.drop_journal_record),
+        ("publish-checkpoint-early", switches.publish_checkpoint_early),
+        ("skip-known-flushed", switches.skip_known_flushed),
+        ("break-chain", switches.break_chain),
+        ("skip-recovery-flush", switches.skip_recovery_flush),
+        ("reuse-after-one-flush", switches.reuse_after_one_flush),
+        ("parents-first", switches.parents_first),
+        ("triggers-in-replay", switches.triggers_in_replay),
+        ("reuse-first", switches.reuse_first),
+    ]
+}
+
+/// Turns a switch on by its name. Returns whether there is one.
+pub fn turn_on(switches: &mut TestSwitches, name: &str) -> bool {
+    let switch = match name {
+        "skip-data-flush" => &mut switches.skip_data_flush,
+        "reuse-too-early" => &mut switches.reuse_too_early,
+        "drop-journal-record" => &mut switches.drop_journal_record,
+        "publish-checkpoint-early" => &mut switches.publish_checkpoint_early,
+        "skip-known-flushed" => &mut switches.skip_known_flushed,
+        "break-chain" => &mut switches.break_chain,
+        "skip-recovery-flush" => &mut switches.skip_recovery_flush,
+        "reuse-after-one-flush" => &mut switches.reuse_after_one_flush,
+        "parents-first" => &mut switches.parents_first,
+        "triggers-in-replay" => &mut switches.triggers_in_replay,
+        "reuse-first" => &mut switches.reuse_first,
+        _ => return false,
+    };
+    *switch = true;
+    true
+}
+
+/// Kinds of compression, as the superblock stores them, by name.
+pub const COMPRESSIONS: [(&str, CompressionKind); 3] =
+    [("none", CompressionKind::None), ("lz4", CompressionKind::Lz4), ("zstd", CompressionKind::Zstd)];
+/// Kinds of checksum, as the superblock stores them, by name.
+pub const CHECKSUMS: [(&str, ChecksumKind); 3] =
+    [("none", ChecksumKind::None), ("crc32c", ChecksumKind::Crc32c), ("xxh3", ChecksumKind::Xxh3)];
+
+fn compression_name(stored: u8) -> &'static str {
+    COMPRESSIONS.iter().find(|(_, kind)| *kind as u8 == stored).map_or("none", |(name, _)| name)
+}
+
+fn checksum_name(stored: u8) -> &'static str {
+    CHECKSUMS.iter().find(|(_, kind)| *kind as u8 == stored).map_or("none", |(name, _)| name)
 }
 
 impl Subject for Coppice {
@@ -86,11 +148,46 @@ impl Subject for Coppice {
     fn mount(&self, device: &Arc<SimDevice>, seed: u64) -> Result<Box<dyn Mounted>> {
         let env = Env::simulated(seed);
         let filesystem = Filesystem::open(vec![Arc::clone(device) as _], &self.options(&env))?;
-        Ok(Box::new(MountedCoppice { filesystem, env, held: Vec::new(), counters: Arc::clone(&self.counters) }))
+        let counters = Arc::clone(&self.counters);
+        Ok(Box::new(MountedCoppice { filesystem, env, held: Vec::new(), counters, bytes_done: Cell::new(0) }))
     }
 
     fn is_durable_at_once(&self) -> bool {
         self.commit_at_once
+    }
+
+    fn log_ranges(&self, device: &Arc<SimDevice>) -> Result<Vec<Range<u64>>> {
+        let superblock = coppicefs::recovery::superblock::read(&**device)?.superblock;
+        let bucket_bytes = u64::from(superblock.geometry.bucket_bytes);
+        let ranges = superblock.layout.journal.iter();
+        Ok(ranges.map(|range| range.first * bucket_bytes..(range.first + range.count) * bucket_bytes).collect())
+    }
+
+    fn arguments(&self) -> String {
+        let mut arguments = Vec::new();
+        if self.commit_at_once {
+            arguments.push("--commit-at-once".to_owned());
+        }
+        let standard = Self::default();
+        if self.cache_bytes != standard.cache_bytes {
+            arguments.push(format!("--cache-bytes {}", self.cache_bytes));
+        }
+        if self.record_bytes_max != standard.record_bytes_max {
+            arguments.push(format!("--record-bytes {}", self.record_bytes_max));
+        }
+        for (name, on) in switch_names(&self.switches) {
+            if on {
+                arguments.push(format!("--switch {name}"));
+            }
+        }
+        let stored = &self.format.defaults;
+        if stored.compression != standard.format.defaults.compression {
+            arguments.push(format!("--compression {}", compression_name(stored.compression)));
+        }
+        if stored.checksum != standard.format.defaults.checksum {
+            arguments.push(format!("--checksum {}", checksum_name(stored.checksum)));
+        }
+        arguments.join(" ")
     }
 
     fn check(&self, device: &Arc<SimDevice>) -> Result<Vec<String>> {
@@ -110,6 +207,8 @@ struct MountedCoppice {
     /// Node and handle of the files that are kept open.
     held: Vec<(u64, u64)>,
     counters: Arc<Mutex<BTreeMap<&'static str, u64>>>,
+    /// Of the newest write.
+    bytes_done: Cell<u64>,
 }
 
 impl Drop for MountedCoppice {
@@ -214,6 +313,7 @@ impl MountedCoppice {
 
     fn write_through(&self, (node, handle): (u64, u64), offset: u64, data: &[u8], way: Option<Way>) -> Result<()> {
         let mut done = 0;
+        self.bytes_done.set(0);
         while let Some(rest) = data.get(done..).filter(|rest| !rest.is_empty()) {
             let request = WriteRequest {
                 node,
@@ -227,6 +327,7 @@ impl MountedCoppice {
                 clear_set_id: false,
             };
             done += self.vfs().write(&CALLER, &request)? as usize;
+            self.bytes_done.set(done as u64);
         }
         Ok(())
     }
@@ -307,6 +408,7 @@ impl MountedCoppice {
             FileType::Symlink => {
                 Kind::SymbolicLink(String::from_utf8_lossy(&self.vfs().readlink(&CALLER, found.node())?).into_owned())
             }
+            FileType::Fifo => Kind::Fifo,
             other => return Err(Error::Bug(format!("{path} is a {other:?}"))),
         };
         let is_directory = kind == Kind::Directory;
@@ -357,6 +459,19 @@ impl Mounted for MountedCoppice {
                 let (folder, name) = self.folder_or_exists(path)?;
                 let entry = vfs.mkdir(&CALLER, folder.node(), name, u32::from(*mode))?;
                 self.forget(entry.attributes.node);
+            }
+            Operation::MakeFifo { path, mode } => {
+                let (folder, name) = self.folder_or_exists(path)?;
+                let entry = vfs.mknod(&CALLER, folder.node(), name, FIFO_BITS | u32::from(*mode), 0)?;
+                self.forget(entry.attributes.node);
+            }
+            Operation::OpenTruncated { path } => {
+                let found = self.find(path)?;
+                // What cannot be opened is refused before anything is changed.
+                drop(self.open(&found)?);
+                let changes = SetAttributes { size_bytes: Some(0), ..SetAttributes::default() };
+                vfs.set_attributes(&CALLER, found.node(), &changes)?;
+                drop(self.open(&found)?);
             }
             Operation::SymbolicLink { path, target } => {
                 let (folder, name) = self.folder_or_exists(path)?;
@@ -479,6 +594,10 @@ impl Mounted for MountedCoppice {
             Operation::Turns { count } => self.give_turns(*count)?,
         }
         Ok(())
+    }
+
+    fn bytes_done(&self) -> u64 {
+        self.bytes_done.get()
     }
 
     fn tree(&mut self) -> Result<Tree> {

@@ -9,6 +9,8 @@ pub enum Operation {
     Create { path: String, mode: u16 },
     /// mkdir.
     MakeDirectory { path: String, mode: u16 },
+    /// mkfifo.
+    MakeFifo { path: String, mode: u16 },
     /// symlink.
     SymbolicLink { path: String, target: String },
     /// link.
@@ -27,6 +29,8 @@ pub enum Operation {
     WriteAs { path: String, offset: u64, length: u64, tag: u32, way: Way },
     /// truncate, to a smaller or a larger size.
     Truncate { path: String, size: u64 },
+    /// open(O_TRUNC), as the kernel passes it on: a change of the size by name, then an open.
+    OpenTruncated { path: String },
     /// fallocate(PUNCH_HOLE | KEEP_SIZE).
     Punch { path: String, offset: u64, length: u64 },
     /// fallocate(0), or fallocate(KEEP_SIZE).
@@ -97,6 +101,27 @@ impl Operation {
         match self {
             Self::WriteAs { way, .. } => way.is_synchronous(),
             _ => matches!(self, Self::Fsync { .. } | Self::Fdatasync { .. } | Self::FsyncDirectory { .. } | Self::Sync),
+        }
+    }
+}
+
+impl Operation {
+    /// Whether it must not fail for lack of space.
+    #[must_use]
+    pub fn gives_space_back(&self) -> bool {
+        matches!(self, Self::Unlink { .. } | Self::RemoveDirectory { .. } | Self::Release | Self::OpenTruncated { .. } | Self::Truncate { size: 0, .. })
+    }
+
+    /// What it did if it stopped after so many bytes; `None` if that is nothing.
+    #[must_use]
+    pub fn cut_to(&self, done: u64) -> Option<Self> {
+        let mut cut = self.clone();
+        match &mut cut {
+            Self::Write { length, .. } | Self::WriteAs { length, .. } | Self::WriteUnlinked { length, .. } if done > 0 => {
+                *length = done.min(*length);
+                Some(cut)
+            }
+            _ => None,
         }
     }
 }

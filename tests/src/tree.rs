@@ -11,6 +11,8 @@ pub enum Kind {
     Directory,
     /// A symbolic link with its target.
     SymbolicLink(String),
+    /// A named pipe.
+    Fifo,
 }
 
 /// One path.
@@ -36,6 +38,7 @@ impl std::fmt::Debug for Kind {
         match self {
             Self::File(bytes) => write!(f, "a file of {} bytes", bytes.len()),
             Self::Directory => f.write_str("a directory"),
+            Self::Fifo => f.write_str("a fifo"),
             Self::SymbolicLink(target) => write!(f, "a symbolic link to {target:?}"),
         }
     }

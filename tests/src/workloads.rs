@@ -1,5 +1,6 @@
 //! The small workloads that are crashed at every boundary, and random ones by seed.
 
+mod alone;
 mod more;
 
 use rand_xoshiro::Xoshiro256PlusPlus;
@@ -45,6 +46,42 @@ pub fn more() -> Vec<(&'static str, Vec<Operation>)> {
     more::all()
 }
 
+/// Each mutation alone, and with a checkpoint or compaction around it.
+#[must_use]
+pub fn alone() -> Vec<(&'static str, Vec<Operation>)> {
+    alone::all()
+}
+
+/// All fixed workloads, with their names.
+#[must_use]
+pub fn fixed() -> Vec<(&'static str, Vec<Operation>)> {
+    let mut fixed = all();
+    fixed.extend(more());
+    fixed.extend(alone());
+    fixed.extend(large());
+    fixed.push(("batches of records", batches()));
+    fixed
+}
+
+/// A workload by its name: a fixed one, `random:SEED:OPERATIONS`, or `full:SEED:OPERATIONS`, which fills the device.
+#[must_use]
+pub fn by_name(name: &str) -> Option<Vec<Operation>> {
+    let mut parts = name.split(':');
+    let (kind, seed, length) = (parts.next()?, parts.next().map(str::parse), parts.next().map(str::parse));
+    match (kind, seed, length, parts.next()) {
+        ("random", Some(Ok(seed)), Some(Ok(length)), None) => Some(random(seed, length)),
+        ("full", Some(Ok(seed)), Some(Ok(length)), None) => Some(full(seed, length)),
+        _ => fixed().into_iter().find(|(fixed, _)| *fixed == name).map(|(_, operations)| operations),
+    }
+}
+
+/// Size of the device, in bytes, that a workload is meant for.
+#[must_use]
+pub fn device_bytes(name: &str) -> u64 {
+    let is_small = name.starts_with("full:") || name.contains("compaction");
+    if is_small { 8 << 20 } else { 16 << 20 }
+}
+
 /// The first fixed workloads, with their names.
 #[must_use]
 pub fn all() -> Vec<(&'static str, Vec<Operation>)> {
@@ -69,6 +106,19 @@ pub fn all() -> Vec<(&'static str, Vec<Operation>)> {
 #[must_use]
 pub fn large() -> Vec<(&'static str, Vec<Operation>)> {
     vec![("many names", many_names()), ("compaction", compaction())]
+}
+
+/// Many operations between two syncs: with small records, several records to a batch.
+#[must_use]
+pub fn batches() -> Vec<Operation> {
+    let mut workload = Vec::new();
+    for round in 0..3 {
+        for file in 0..24 {
+            workload.push(create(&format!("/a-file-with-a-name-{round}-{file}")));
+        }
+        workload.push(Operation::FsyncDirectory { path: "/".into() });
+    }
+    workload
 }
 
 /// Enough names that nodes split, and then so few that they merge.
@@ -415,6 +465,44 @@ pub fn random(seed: u64, length: usize) -> Vec<Operation> {
     workload
 }
 
+/// A workload of `length` operations by seed that writes more than 8 MiB hold, and deletes when it finds no space.
+#[must_use]
+pub fn full(seed: u64, length: usize) -> Vec<Operation> {
+    let mut random = Random(Xoshiro256PlusPlus::seed_from_u64(seed ^ 0xf011));
+    let mut model = Model::new(4096);
+    let mut workload = Vec::with_capacity(length);
+    for tag in 1..=length as u32 {
+        let tree = model.tree();
+        let files: Vec<String> =
+            tree.iter().filter(|(_, entry)| matches!(entry.kind, Kind::File(_))).map(|(path, _)| path.clone()).collect();
+        let operation = match random.below(16) {
+            0..=2 => create(&format!("/n{}", random.below(40))),
+            3..=7 => {
+                let length = (64 << 10) + random.below(512 << 10);
+                write(&random.pick(&files), random.below(256 << 10), length, tag)
+            }
+            8 => {
+                let (offset, length) = (random.below(64) * 4096, (1 + random.below(64)) * 4096);
+                write_direct(&random.pick(&files), offset, length, tag)
+            }
+            9 => Operation::Allocate {
+                path: random.pick(&files),
+                offset: random.below(1 << 20),
+                length: 1 + random.below(1 << 20),
+                keep_size: random.below(2) == 0,
+            },
+            10 | 11 if tag > 40 => unlink(&random.pick(&files)),
+            12 => truncate(&random.pick(&files), 0),
+            13 => fsync(&random.pick(&files)),
+            14 => Operation::Settle,
+            _ => random.operation(&model, tag),
+        };
+        let _ = model.begin(&operation);
+        workload.push(operation);
+    }
+    workload
+}
+
 struct Random(Xoshiro256PlusPlus);
 
 impl Random {
@@ -441,7 +529,7 @@ impl Random {
             Some(Kind::File(bytes)) => bytes.len() as u64,
             _ => 0,
         };
-        match self.below(38) {
+        match self.below(44) {
             0..=4 => Operation::Create { path: fresh, mode: 0o600 + self.below(0o100) as u16 },
             5 | 6 => directory(&fresh),
             7..=13 => {
@@ -502,6 +590,16 @@ impl Random {
                 };
                 write_direct(&path, offset, length, tag)
             }
+            36 => Operation::RemoveXattr { path: self.pick(&files), name: format!("user.{}", tag % 3) },
+            37 | 38 => Operation::Allocate {
+                path: self.pick(&files),
+                offset: self.below(40_000),
+                length: 1 + self.below(60_000),
+                keep_size: self.below(2) == 0,
+            },
+            39 => Operation::MakeFifo { path: fresh, mode: 0o644 },
+            40 => Operation::OpenTruncated { path: self.pick(&files) },
+            41 => Operation::Fdatasync { path: self.pick(&files) },
             _ => Operation::Settle,
         }
     }
@@ -513,7 +611,7 @@ mod tests {
 
     #[test]
     fn fixed_workloads_succeed_in_the_model() {
-        for (name, workload) in all().into_iter().chain(more()).chain(large()) {
+        for (name, workload) in fixed() {
             let mut model = Model::new(4096);
             for operation in &workload {
                 model.begin(operation).unwrap_or_else(|errno| panic!("{name}: {operation:?}: {errno}"));
@@ -525,6 +623,11 @@ mod tests {
     #[test]
     fn random_workloads_are_varied_and_depend_on_the_seed_alone() {
         assert_eq!(random(1, 100), random(1, 100));
+        assert_eq!(by_name("full:4:50"), Some(full(4, 50)));
+        assert_eq!(by_name("append"), Some(append()));
+        for name in ["random", "random:1", "random:1:x", "random:1:2:3", "nothing"] {
+            assert_eq!(by_name(name), None, "{name}");
+        }
         assert_ne!(random(1, 100), random(2, 100));
         let mut model = Model::new(4096);
         let failed = random(3, 500).iter().filter(|operation| model.begin(operation).is_err()).count();

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use coppicefs::format::checksum::{ChecksumKind, CompressionKind};
 use coppicefs::space::TestSwitches;
-use coppicefs_tests::crash::{CrashOptions, Report, run, seed_or};
+use coppicefs_tests::crash::{CrashOptions, Report, forget_image, run, seed_or};
 use coppicefs_tests::filesystem_subject::Coppice;
 use coppicefs_tests::limit::{Limit, lengthen};
 use coppicefs_tests::operation::Operation;
@@ -21,7 +21,8 @@ fn is_long() -> bool {
 
 /// With so many plans at each boundary; many more in the long form.
 fn options(plans_max: usize) -> CrashOptions {
-    let mut options = CrashOptions { seed: seed_or(1), device_bytes: DEVICE_BYTES, ..CrashOptions::default() };
+    let mut options =
+        CrashOptions { seed: seed_or(1), device_bytes: DEVICE_BYTES, after_kill: 1, ..CrashOptions::default() };
     options.plans.limit = Some(if is_long() { plans_max * 16 } else { plans_max });
     if is_long() {
         lengthen(24);
@@ -36,14 +37,7 @@ fn crash(subject: &Coppice, name: &str, operations: &[Operation], options: &Cras
     let _limit = Limit::new();
     let start = Instant::now();
     let report = run(subject, operations, options).unwrap_or_else(|failure| panic!("{name}: {failure}"));
-    println!(
-        "{name}: {} boundaries, {} power cuts, {} different images recovered, {} more after cuts during recovery, {:.1} s",
-        report.boundaries,
-        report.crashes,
-        report.images,
-        report.recovery_crashes,
-        start.elapsed().as_secs_f64()
-    );
+    println!("{name}: {report:?}, {:.1} s", start.elapsed().as_secs_f64());
     report
 }
 
@@ -52,10 +46,7 @@ fn crash_all(subject: &Coppice, what: &str, workloads: Vec<(&str, Vec<Operation>
     let mut total = Report::default();
     for (name, operations) in workloads {
         let report = crash(subject, &format!("{what}, {name}"), &operations, options);
-        total.boundaries += report.boundaries;
-        total.crashes += report.crashes;
-        total.images += report.images;
-        total.recovery_crashes += report.recovery_crashes;
+        total.add(&report);
     }
     println!("{what}: {total:?}");
     total
@@ -156,24 +147,37 @@ fn random_workloads_survive() {
     }
 }
 
-/// Whether the crash tests notice a broken build, within a minute.
-fn is_caught(what: &str, switches: TestSwitches) {
+/// By how much this machine may be busy with other things: time is wall time.
+const MACHINE: u32 = 4;
+
+fn broken(switches: TestSwitches) -> Coppice {
+    Coppice { switches, ..Coppice::default() }
+}
+
+/// Whether the crash tests notice a broken build, within a minute, by one of these workloads and these ends.
+fn is_caught_by(
+    what: &str,
+    subject: &Coppice,
+    workloads: impl IntoIterator<Item = (&'static str, Vec<Operation>)>,
+    options: &CrashOptions,
+) {
     let _limit = Limit::new();
     let start = Instant::now();
-    let subject = Coppice { switches, ..Coppice::default() };
-    let random = (1..40).map(|seed| ("random", workloads::random(seed, 60)));
-    for (name, operations) in workloads::all().into_iter().chain(random) {
-        assert!(start.elapsed() < Duration::from_secs(60), "{what} was not noticed within a minute");
-        let Err(failure) = run(&subject, &operations, &options(16)) else { continue };
-        if let Some(image) = &failure.image {
-            // Only a surprise is worth keeping.
-            let _ = std::fs::remove_file(image);
-        }
+    for (name, operations) in workloads {
+        assert!(start.elapsed() < Duration::from_secs(60) * MACHINE, "{what} was not noticed within a minute");
+        let Err(failure) = run(subject, &operations, options) else { continue };
+        // Only a surprise is worth keeping.
+        forget_image(&failure);
         println!("{what}: caught by \"{name}\" after {:.1} s: {failure}", start.elapsed().as_secs_f64());
-        assert!(failure.crash.is_some(), "{what} fails without a power cut: {failure}");
+        assert!(failure.cut.is_some(), "{what} fails without a power cut: {failure}");
         return;
     }
     panic!("{what} was not noticed");
+}
+
+fn is_caught(what: &str, switches: TestSwitches) {
+    let random = (1..40).map(|seed| ("random", workloads::random(seed, 60)));
+    is_caught_by(what, &broken(switches), workloads::all().into_iter().chain(random), &options(16));
 }
 
 #[test]
@@ -194,4 +198,61 @@ fn a_checkpoint_published_early_is_caught() {
 #[test]
 fn space_reused_too_early_is_caught() {
     is_caught("reuse_too_early", TestSwitches { reuse_too_early: true, ..TestSwitches::default() });
+}
+
+#[test]
+fn a_broken_chain_is_caught() {
+    // A cut between the records of one batch, then one during the recovery, before the next batch has overwritten what the first left.
+    let options = CrashOptions { recovery_one_in: 1, during_recovery: 2, recovery_boundaries_max: 1, ..options(32) };
+    let subject = Coppice { record_bytes_max: 4096, ..Coppice::default() };
+    let workload = || [("batches of records", workloads::batches())];
+    crash_all(&subject, "small records", workload().into(), &options);
+    let switches = TestSwitches { break_chain: true, ..TestSwitches::default() };
+    is_caught_by("break_chain", &Coppice { switches, ..subject }, workload(), &options);
+}
+
+#[test]
+fn a_recovery_that_does_not_flush_first_is_caught() {
+    let options = CrashOptions { kill_one_in: 2, after_kill: 4, ..options(1) };
+    let switches = TestSwitches { skip_recovery_flush: true, ..TestSwitches::default() };
+    is_caught_by("skip_recovery_flush", &broken(switches), workloads::all(), &options);
+}
+
+#[test]
+fn parents_written_before_their_children_are_caught() {
+    let switches = TestSwitches { parents_first: true, ..TestSwitches::default() };
+    is_caught_by("parents_first", &broken(switches), workloads::large(), &options(1));
+}
+
+#[test]
+fn triggers_in_replay_are_caught() {
+    is_caught("triggers_in_replay", TestSwitches { triggers_in_replay: true, ..TestSwitches::default() });
+}
+
+/// What D is for: a device that loses one write of the log, which it had acknowledged, is noticed, or nothing was reused since.
+fn losing() -> CrashOptions {
+    CrashOptions { lost_writes: 3, during_recovery: 0, after_kill: 0, ..options(1) }
+}
+
+fn reusing() -> impl Iterator<Item = (&'static str, Vec<Operation>)> {
+    workloads::all().into_iter().filter(|(name, _)| *name == "bucket reuse")
+}
+
+#[test]
+fn a_lost_write_of_the_log_is_refused_or_harmless() {
+    let subject = broken(TestSwitches { reuse_first: true, ..TestSwitches::default() });
+    let total = crash_all(&subject, "a lost write", reusing().collect(), &losing());
+    assert!(total.lost > 200, "{total:?}");
+}
+
+#[test]
+fn records_that_do_not_say_what_is_durable_are_caught() {
+    let switches = TestSwitches { skip_known_flushed: true, reuse_first: true, ..TestSwitches::default() };
+    is_caught_by("skip_known_flushed", &broken(switches), reusing(), &losing());
+}
+
+#[test]
+fn space_reused_after_one_flush_is_caught() {
+    let switches = TestSwitches { reuse_after_one_flush: true, reuse_first: true, ..TestSwitches::default() };
+    is_caught_by("reuse_after_one_flush", &broken(switches), reusing(), &losing());
 }

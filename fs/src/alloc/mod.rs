@@ -107,6 +107,20 @@ pub struct TestSwitches {
     pub drop_journal_record: bool,
     /// A checkpoint's record is written before what it names is durable.
     pub publish_checkpoint_early: bool,
+    /// Journal records say that nothing is known to be durable: their D is 0.
+    pub skip_known_flushed: bool,
+    /// Recovery takes whatever record has the next sequence for the next one, of whichever chain and epoch.
+    pub break_chain: bool,
+    /// Recovery reads the log before it has flushed the device.
+    pub skip_recovery_flush: bool,
+    /// Emptied buckets are freed as soon as their emptying is flushed, with no durable record that says so.
+    pub reuse_after_one_flush: bool,
+    /// A checkpoint serialises a parent before its children, where their new images lie in the same places: it names the images before.
+    pub parents_first: bool,
+    /// Replay derives again what follows from each key, though the log has it.
+    pub triggers_in_replay: bool,
+    /// No fault: freed buckets are used next, not when the others are. Makes reuse happen in small workloads.
+    pub reuse_first: bool,
     /// Reads hold no references on the buckets that they read.
     pub no_bucket_references: bool,
     /// The page cache's add lock excludes nobody.

@@ -57,6 +57,8 @@ pub(super) struct Attempt<'a> {
     write_bytes: usize,
     /// Nodes whose images are not written yet: they must not be evicted.
     pinned: Vec<Arc<Node>>,
+    /// Empty but in a build that is broken on purpose ([`crate::alloc::TestSwitches::parents_first`]).
+    linked_late: Vec<(Arc<Node>, NodePointer)>,
     pub outcome: CheckpointOutcome,
 }
 
@@ -86,6 +88,7 @@ impl<'a> Attempt<'a> {
             writes: Vec::new(),
             write_bytes: 0,
             pinned: Vec::new(),
+            linked_late: Vec::new(),
             outcome: CheckpointOutcome::default(),
         }
     }
@@ -134,12 +137,20 @@ impl<'a> Attempt<'a> {
             }
         }
         self.write_images(0)?;
+        for (node, pointer) in std::mem::take(&mut self.linked_late) {
+            self.forest.link(&node, &pointer)?;
+        }
         Ok(roots)
     }
 
     fn serialise_and_link(&mut self, node: &Arc<Node>) -> Result<()> {
         if let Some(pointer) = self.serialise(node)? {
-            self.forest.link(node, &pointer)?;
+            let parents_first = self.forest.switches.get().is_some_and(|switches| switches.parents_first);
+            if parents_first && pointer.bset_count > 1 {
+                self.linked_late.push((Arc::clone(node), pointer));
+            } else {
+                self.forest.link(node, &pointer)?;
+            }
         }
         Ok(())
     }

@@ -19,7 +19,7 @@ use crate::journal::{Journal, JournalConfig, Log, journal_identity, read_log};
 use crate::metrics::Metrics;
 use crate::options::{AccessTimes, CacheMode, CompressionChoice, MountOptions};
 use crate::pagecache::{Cache, CacheOptions, spawn_threads};
-use crate::recovery::{replay, superblock};
+use crate::recovery::{replay, replay_index, replay_with_triggers, superblock};
 use crate::snapshot::Snapshots;
 use crate::space::Space;
 use crate::sync::Mutex;
@@ -233,6 +233,7 @@ fn journal_config(superblock: &Superblock, devices: &[Arc<dyn BlockDevice>], opt
         bucket_bytes: superblock.geometry.bucket_bytes,
         record_bytes_max: options.record_bytes_max,
         commit_interval: Some(options.journal_interval()),
+        switches: options.switches,
     }
 }
 
@@ -357,10 +358,10 @@ impl Filesystem {
             Arc::clone(&env),
             Arc::clone(&metrics),
         )?;
-        let replayed = replay(&forest, &log)?;
+        let with_triggers = options.switches.triggers_in_replay;
+        let replayed = if with_triggers { replay_index(&forest, &log)? } else { replay(&forest, &log)? };
         let journal = Journal::open(config, start, Arc::clone(&env), Arc::clone(&metrics))?;
         forest.set_test_switches(options.switches);
-        journal.set_test_switches(options.switches);
         if !options.read_only {
             // The cut: nothing is overwritten before this record of the new epoch is durable.
             journal.flush(journal.newest())?;
@@ -377,6 +378,9 @@ impl Filesystem {
             options.switches,
         )?;
         forest.set_node_buckets(space.node_buckets());
+        if with_triggers {
+            replay_with_triggers(&transactions, &log)?;
+        }
         prepare(&transactions)?;
         let filesystem = Self::assemble(
             superblock,

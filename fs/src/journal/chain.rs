@@ -52,7 +52,7 @@ impl Chain {
             filesystem: inner.filesystem,
             epoch: inner.epoch,
             sequence: record.sequence,
-            known_flushed,
+            known_flushed: if inner.switches.skip_known_flushed { JournalSequence(0) } else { known_flushed },
             previous_checksum: self.previous_checksum,
             // Reservations keep the payload below the record's size, which is a u32.
             payload_bytes: u32::try_from(payload.len()).unwrap_or(u32::MAX),

@@ -73,6 +73,8 @@ pub struct JournalConfig {
     /// How old an entry may get before it is flushed unasked (`commit=`). None or zero: every commit is to be flushed at once, by whoever
     /// made it ([`Journal::commits_at_once`]) and at the latest by the worker.
     pub commit_interval: Option<Duration>,
+    /// Deliberate faults.
+    pub switches: TestSwitches,
 }
 
 /// The id that journal records of a filesystem carry. It is not the filesystem's own id, which users can learn: recovery looks at
@@ -100,6 +102,7 @@ impl JournalConfig {
             bucket_bytes: superblock.geometry.bucket_bytes,
             record_bytes_max: 256 << 10,
             commit_interval,
+            switches: TestSwitches::default(),
         }
     }
 }
@@ -188,7 +191,7 @@ struct Inner {
     reusable_event: Event,
     worker_event: Event,
     pressure: OnceLock<PressureHook>,
-    switches: OnceLock<TestSwitches>,
+    switches: TestSwitches,
 }
 
 /// The journal of a mounted filesystem. See the module's documentation.
@@ -288,7 +291,7 @@ impl Journal {
             reusable_event: Event::new(),
             worker_event: Event::new(),
             pressure: OnceLock::new(),
-            switches: OnceLock::new(),
+            switches: config.switches,
         };
         Ok(std::sync::Arc::new(Self { inner: Arc::new(inner) }))
     }
@@ -424,11 +427,6 @@ impl Journal {
     /// the *older* kept one's F, so it may take two. It is called with the caller's leaf locks held: it may set a flag and notify an event, no more. The first hook that is set stays.
     pub fn set_pressure_hook(&self, hook: PressureHook) {
         let _ = self.inner.pressure.set(hook);
-    }
-
-    /// Deliberate faults. The first that are set stay.
-    pub fn set_test_switches(&self, switches: TestSwitches) {
-        let _ = self.inner.switches.set(switches);
     }
 
     /// Live totals: everything that was appended.

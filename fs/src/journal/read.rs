@@ -239,8 +239,10 @@ struct Reader<'a> {
 /// checkpoint's boundary is not in the ring; a device's error if the flush fails.
 pub fn read_log(config: &JournalConfig, from: &Checkpoint) -> Result<Log> {
     let ring = Ring::new(config)?;
-    for device in config.devices.iter().filter(|device| !device.is_read_only()) {
-        device.flush()?;
+    if !config.switches.skip_recovery_flush {
+        for device in config.devices.iter().filter(|device| !device.is_read_only()) {
+            device.flush()?;
+        }
     }
     if !SEQUENCES.contains(&from.first_replay)
         || from.first_replay_offset >= ring.bytes
@@ -307,10 +309,10 @@ impl Reader<'_> {
                 for copy in &mut self.copies {
                     let peeked = if has_wrapped { copy.first } else { copy.peek(offset) };
                     let Some((header, length)) = peeked else { continue };
+                    let continues = header.previous_checksum == tip.previous_checksum && header.epoch >= tip.epoch;
                     if header.filesystem != self.config.filesystem
                         || header.sequence.0 != tip.sequence
-                        || header.previous_checksum != tip.previous_checksum
-                        || header.epoch < tip.epoch
+                        || !(continues || self.config.switches.break_chain)
                         || (has_wrapped && length <= rest)
                         || best.as_ref().is_some_and(|best| best.header.epoch >= header.epoch)
                     {

@@ -24,6 +24,7 @@ fn config(devices: Vec<std::sync::Arc<dyn BlockDevice>>, copies: Vec<BucketRange
         bucket_bytes: BUCKET_BYTES,
         record_bytes_max: 16 << 10,
         commit_interval: Some(Duration::from_secs(1)),
+        switches: crate::alloc::TestSwitches::default(),
     }
 }
 

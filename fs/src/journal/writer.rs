@@ -240,11 +240,10 @@ impl Inner {
             let data_is_unflushed = batch.iter().any(|record| state.data_is_unflushed(record.data_stamp));
             (batch, data_is_unflushed)
         };
-        let switches = self.switches.get().copied().unwrap_or_default();
-        if data_is_unflushed && !switches.skip_data_flush {
+        if data_is_unflushed && !self.switches.skip_data_flush {
             self.flush_devices()?;
         }
-        if switches.drop_journal_record {
+        if self.switches.drop_journal_record {
             for record in batch.iter().filter(|record| !record.unflushed.sequence.0.is_multiple_of(8)) {
                 self.write(std::slice::from_ref(record))?;
             }

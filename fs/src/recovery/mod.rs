@@ -14,4 +14,4 @@
 mod replay;
 pub mod superblock;
 
-pub use replay::{Replayed, replay};
+pub use replay::{Replayed, replay, replay_index, replay_with_triggers};

@@ -191,6 +191,7 @@ mod tests {
             bucket_bytes: superblock.geometry.bucket_bytes,
             record_bytes_max: 64 << 10,
             commit_interval: Some(std::time::Duration::from_secs(1)),
+            switches: crate::alloc::TestSwitches::default(),
         };
         let journal = Journal::open(config, JournalStart::fresh(), env.clone(), metrics.clone()).unwrap();
         Transactions::new(forest, journal, env, metrics)

@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use crate::alloc::FreeCandidate;
+use crate::alloc::{FreeCandidate, TestSwitches};
 use crate::env::{Event, Progress, Worker};
 use crate::error::Result;
 use crate::format::space::{BucketState, FreeBucket};
@@ -46,7 +46,12 @@ impl Space {
     pub(super) fn free_emptied(&self, options: CommitOptions, limit: usize) -> Result<usize> {
         // What is held here is what others wait for.
         let _quiet = self.env.quiet();
-        let reusable = if self.switches.reuse_too_early { JournalSequence(u64::MAX) } else { self.journal.reusable() };
+        let reusable = match &self.switches {
+            TestSwitches { reuse_too_early: true, .. } => JournalSequence(u64::MAX),
+            TestSwitches { reuse_after_one_flush: true, .. } => self.journal.flushed(),
+            _ => self.journal.reusable(),
+        };
+        let is_first = self.switches.reuse_too_early || self.switches.reuse_first;
         let mut freed_count = 0;
         while freed_count < limit {
             let emptied = self.allocator.eligible(reusable, FREE_BATCH.min(limit - freed_count));
@@ -82,7 +87,7 @@ impl Space {
                 let generation = freed.iter().find(|(key, _)| *key == candidate.key).map(|(_, generation)| *generation);
                 let free =
                     generation.map(|generation| FreeCandidate { key: candidate.key, generation, discarded: false });
-                self.allocator.finish(candidate.key, free, self.switches.reuse_too_early);
+                self.allocator.finish(candidate.key, free, is_first);
             }
             freed_count += freed.len();
             self.allocator.add_undiscarded(i64::try_from(freed.len()).unwrap_or(0));

@@ -113,7 +113,8 @@ fn finish(transactions: &Transactions, sequence: JournalSequence, buckets: Vec<B
 }
 
 /// Trees whose keys only triggers and bucket changes write: nothing follows from a change of them.
-fn is_index(btree: BtreeId) -> bool {
+#[must_use]
+pub fn is_index(btree: BtreeId) -> bool {
     matches!(btree, BtreeId::Buckets | BtreeId::FreeSpace | BtreeId::NeedDiscard | BtreeId::Backpointers)
 }
 

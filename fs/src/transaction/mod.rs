@@ -40,6 +40,7 @@ use std::sync::{Arc, OnceLock};
 use smallvec::SmallVec;
 
 pub use bucket::{BucketChange, BucketOutcome};
+pub use commit::is_index;
 
 use crate::btree::Forest;
 use crate::env::Env;

@@ -46,10 +46,13 @@ fn every_broken_filesystem_is_caught() {
             Ok(_) => false,
             Err(failure) => {
                 let text = failure.to_string();
-                assert!(text.contains("COPPICE_SEED="), "{text}");
-                if let Some(image) = &failure.image {
-                    std::fs::remove_file(image).unwrap();
-                }
+                assert!(text.contains("again: coppice-crash --seed 1 --device-bytes 4194304"), "{text}");
+                forget_image(&failure);
+                let cut = failure.cut.as_ref();
+                // The same cut alone shows the same.
+                let again = cut.map(|cut| replay(&Toy(bug), &workload, &options(), cut).unwrap_err());
+                let again = again.inspect(|again| forget_image(again)).map(|again| again.problem);
+                assert_eq!(again, cut.map(|_| failure.problem.clone()), "{bug:?}");
                 true
             }
         });
@@ -86,6 +89,20 @@ fn a_wrong_answer_is_a_failure_without_any_crash() {
     let workload = [Operation::Unlink { path: "/missing".into() }];
     let failure = run(&NeverFails, &workload, &options()).unwrap_err();
     assert!(failure.problem.contains("should have answered"), "{failure}");
+}
+
+#[test]
+fn a_failing_workload_is_made_small() {
+    let (subject, options) = (Toy(Bug::LoseUnlinks), CrashOptions { during_recovery: 0, ..options() });
+    let workload = workloads::random(3, 80);
+    let failure = run(&subject, &workload, &options).unwrap_err();
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    let (small, failure) = shrink::shrink(&subject, &workload, failure, &options, deadline);
+    forget_image(&failure);
+    // Something must be there to be unlinked, and the unlink must be synced or seen.
+    assert!(small.len() <= 4, "{small:#?}");
+    assert!(small.iter().any(|operation| matches!(operation, Operation::Unlink { .. })), "{small:#?}");
+    assert!(run(&subject, &small, &options).inspect_err(|failure| forget_image(failure)).is_err());
 }
 
 #[test]

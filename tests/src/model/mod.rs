@@ -93,6 +93,9 @@ impl Model {
             (Changed::Namespace { inodes, .. }, Operation::Truncate { size, .. }) => {
                 inodes.iter().for_each(|&inode| push(inode, FileEvent::Truncate(*size)));
             }
+            (Changed::Namespace { inodes, .. }, Operation::OpenTruncated { .. }) => {
+                inodes.iter().for_each(|&inode| push(inode, FileEvent::Truncate(0)));
+            }
             (Changed::Namespace { inodes, .. }, Operation::Allocate { offset, length, keep_size: false, .. }) => {
                 inodes.iter().for_each(|&inode| push(inode, FileEvent::Grow(offset + length)));
             }

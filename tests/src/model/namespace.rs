@@ -116,7 +116,7 @@ impl Namespace {
         match self.node(inode)?.entry.kind {
             Kind::File(_) => Ok(inode),
             Kind::Directory => Err(Errno::ISDIR),
-            Kind::SymbolicLink(_) => Err(Errno::LOOP),
+            Kind::SymbolicLink(_) | Kind::Fifo => Err(Errno::LOOP),
         }
     }
 
@@ -201,6 +201,7 @@ impl Namespace {
         Ok(match operation {
             Operation::Create { path, mode } => self.add(path, Kind::File(Vec::new()), *mode)?,
             Operation::MakeDirectory { path, mode } => self.add(path, Kind::Directory, *mode)?,
+            Operation::MakeFifo { path, mode } => self.add(path, Kind::Fifo, *mode)?,
             Operation::SymbolicLink { path, target } => self.add(path, Kind::SymbolicLink(target.clone()), 0o777)?,
             Operation::Link { existing, path } => {
                 let inode = self.lookup(existing)?;
@@ -242,7 +243,7 @@ impl Namespace {
                 _ if *length == 0 => Changed::Nothing,
                 inode => Changed::Data(inode),
             },
-            Operation::Truncate { path, .. } => only(self.file(path)?),
+            Operation::Truncate { path, .. } | Operation::OpenTruncated { path } => only(self.file(path)?),
             Operation::Allocate { path, length, .. } => match self.file(path)? {
                 _ if *length == 0 => return Err(Errno::INVAL),
                 inode => only(inode),

@@ -98,6 +98,15 @@ impl UnflushedWrite {
         matches!(self.content, Content::Discarded { .. })
     }
 
+    /// Whether both are writes of the same bytes: copies of one thing.
+    #[must_use]
+    pub fn is_copy_of(&self, other: &Self) -> bool {
+        match (&self.content, &other.content) {
+            (Content::Data(one), Content::Data(another)) => one == another,
+            _ => false,
+        }
+    }
+
     fn sectors(&self) -> u64 {
         self.length().div_ceil(SECTOR_BYTES)
     }
@@ -291,6 +300,33 @@ impl Snapshot {
         image
     }
 
+    /// As [`Self::crash`], if the device had lost some writes besides that it had acknowledged and flushed. `before` is an older durable image,
+    /// `history` all writes that were flushed since, in order; `lost` are indexes in it.
+    #[must_use]
+    pub fn crash_without(
+        &self,
+        plan: &CrashPlan,
+        before: &Image,
+        history: &[Arc<UnflushedWrite>],
+        lost: &[usize],
+    ) -> Image {
+        let mut durable = Image::clone(&self.durable);
+        for gone in lost.iter().filter_map(|&index| history.get(index)) {
+            // What these bytes would hold: only writes that overlap them matter.
+            let mut other = before.clone();
+            for (index, write) in history.iter().enumerate() {
+                if write.overlaps(gone) && !lost.contains(&index) {
+                    write.apply(&Sectors::All, &mut other);
+                }
+            }
+            let mut bytes = vec![0; usize::try_from(gone.length()).unwrap_or(0)];
+            other.read(gone.offset, &mut bytes);
+            durable.write(gone.offset, &bytes);
+        }
+        let without = Self { durable: Arc::new(durable), unflushed: self.unflushed.clone(), boundary: self.boundary };
+        without.crash(plan)
+    }
+
     /// The image if everything was written: what a clean shutdown leaves, and a process that was killed.
     #[must_use]
     pub fn everything(&self) -> Image {
@@ -327,7 +363,7 @@ impl Snapshot {
         if options.torn {
             for (write, unflushed) in self.unflushed.iter().enumerate().filter(|(_, write)| write.sectors() > 1) {
                 let sectors = unflushed.sectors();
-                let cut = 1 + random.below(sectors - 1);
+                let cut = random_cut(sectors, &mut random);
                 for kept in [Sectors::First(cut), Sectors::Last(cut), Sectors::Scattered(random.next())] {
                     recipes.push(Recipe::Torn { write, sectors: kept, others: true });
                     recipes.push(Recipe::Torn { write, sectors: kept, others: false });
@@ -428,12 +464,25 @@ impl Snapshot {
             Sectors::All
         } else {
             match random.below(3) {
-                0 => Sectors::First(1 + random.below(count - 1)),
-                1 => Sectors::Last(1 + random.below(count - 1)),
+                0 => Sectors::First(random_cut(count, random)),
+                1 => Sectors::Last(random_cut(count, random)),
                 _ => Sectors::Scattered(random.next()),
             }
         };
         Survivor { write, sectors }
+    }
+}
+
+/// Sectors of a usual block: what is written at once often consists of such.
+const BLOCK_SECTORS: u64 = 4096 / SECTOR_BYTES;
+
+/// Where to tear a write of so many sectors, at least 2: anywhere inside, and as often as not between two blocks.
+fn random_cut(sectors: u64, random: &mut Random) -> u64 {
+    let inner_blocks = (sectors - 1) / BLOCK_SECTORS;
+    if inner_blocks > 0 && random.one_in(2) {
+        BLOCK_SECTORS * (1 + random.below(inner_blocks))
+    } else {
+        1 + random.below(sectors - 1)
     }
 }
 

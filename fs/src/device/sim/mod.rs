@@ -20,6 +20,7 @@
 
 mod crash;
 mod faults;
+mod text;
 #[cfg(test)]
 mod tests;
 
@@ -158,6 +159,20 @@ impl SimDevice {
             options,
             state: Mutex::ranked(LockClass::new(Rank::InnerLeaf), state),
         }
+    }
+
+    /// A device whose host still holds what `snapshot` says was not flushed, as after the death of the process that wrote it: reads see it,
+    /// and a power cut may still undo it.
+    #[must_use]
+    pub fn from_snapshot(snapshot: &Snapshot, options: SimOptions) -> Self {
+        let device = Self::from_image(snapshot.durable().clone(), options);
+        {
+            let mut state = device.state.lock();
+            state.current = snapshot.everything();
+            state.unflushed = snapshot.unflushed().to_vec();
+            state.writes = state.unflushed.last().map_or(0, |write| write.number() + 1);
+        }
+        device
     }
 
     /// Sets what is called at each boundary, in place of what was.

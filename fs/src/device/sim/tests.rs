@@ -382,3 +382,45 @@ fn after_the_power_is_off_nothing_works_and_nothing_changes() {
     again.read(0, &mut read).unwrap();
     assert_eq!(&read[..], &sector(1)[..]);
 }
+
+#[test]
+fn after_a_kill_reads_see_what_a_power_cut_may_still_undo() {
+    let device = SimDevice::new(64 << 10, SimOptions::default());
+    device.write(0, &[1; 512]).unwrap();
+    device.flush().unwrap();
+    device.write(0, &[2; 512]).unwrap();
+    let again = SimDevice::from_snapshot(&device.snapshot(), SimOptions::default());
+    let mut bytes = [0; 512];
+    again.read(0, &mut bytes).unwrap();
+    assert_eq!(bytes, [2; 512]);
+    again.crash(&CrashPlan::default()).read(0, &mut bytes);
+    assert_eq!(bytes, [1; 512]);
+    again.write(512, &[3; 512]).unwrap();
+    assert_eq!(again.snapshot().unflushed()[1].number(), 2);
+    again.flush().unwrap();
+    again.crash(&CrashPlan::default()).read(0, &mut bytes);
+    assert_eq!(bytes, [2; 512]);
+}
+
+#[test]
+fn a_lost_write_leaves_what_was_there_without_it() {
+    let device = SimDevice::new(64 << 10, SimOptions::default());
+    let before = device.image();
+    let mut history = Vec::new();
+    for (offset, fill) in [(0, 1), (512, 2), (0, 3), (1024, 4)] {
+        device.write(offset, &[fill; 1024]).unwrap();
+        history.extend(device.snapshot().unflushed().to_vec());
+        device.flush().unwrap();
+    }
+    device.write(2048, &[5; 512]).unwrap();
+    let sectors = |lost: &[usize], plan: &CrashPlan| {
+        let image = device.snapshot().crash_without(plan, &before, &history, lost);
+        (0..5).map(|sector| image.to_bytes().unwrap()[sector * 512]).collect::<Vec<u8>>()
+    };
+    let (all, none) = (CrashPlan::keeping([0]), CrashPlan::default());
+    assert_eq!(sectors(&[], &all), [3, 3, 4, 4, 5]);
+    assert_eq!(sectors(&[2], &none), [1, 2, 4, 4, 0]);
+    assert_eq!(sectors(&[1, 2, 3], &all), [1, 1, 0, 0, 5]);
+    assert_eq!(sectors(&[0], &none), [3, 3, 4, 4, 0]);
+    assert!(!history[0].is_copy_of(&history[1]) && history[0].is_copy_of(&history[0]));
+}
