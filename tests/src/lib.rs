@@ -7,6 +7,7 @@
 //! - [`model`]: a plain in-memory filesystem that knows what was synced, and what a crash may leave (the oracle).
 //! - [`crash`]: runs a workload on a simulated device, cuts the power everywhere, and asks the oracle.
 //! - [`filesystem_subject`]: coppice itself, in this process, for [`crash`].
+//! - [`damage`]: chosen parts of an image file, destroyed.
 //! - [`mount`]: an image in a temporary folder, formatted, mounted and checked by the real programs.
 //! - [`fsx`]: random operations on one file against an array of bytes, in this process.
 //! - [`race`]: readers against everything that frees and reuses what they read, on real threads, in this process and on a mount.
@@ -18,6 +19,7 @@ pub mod tree;
 pub mod model;
 pub mod crash;
 pub mod mount;
+pub mod damage;
 pub mod workloads;
 pub mod race;
 pub mod fsx;

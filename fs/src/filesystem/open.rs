@@ -15,7 +15,7 @@ use crate::format::checkpoint::Checkpoint;
 use crate::format::namespace::{FileType, Inode, LoggedOperation, Snapshot, Subvolume};
 use crate::format::superblock::{KNOWN_READ_ONLY_COMPAT, Superblock};
 use crate::format::{BtreeId, ChecksumKind, CompressionKind, Position};
-use crate::journal::{Journal, JournalConfig, Log, journal_identity, read_log};
+use crate::journal::{Journal, JournalConfig, Log, holds_log_of, journal_identity, read_log};
 use crate::metrics::Metrics;
 use crate::options::{AccessTimes, CacheMode, CompressionChoice, MountOptions};
 use crate::pagecache::{Cache, CacheOptions, spawn_threads};
@@ -569,7 +569,14 @@ fn make_root(transaction: &mut Transaction<'_>, options: &FormatOptions, env: &E
 /// The newest checkpoint whose trees and log can be read. If the newest one's log is damaged, the one before it has the same records and more, so
 /// there is nothing to fall back to.
 fn choose_log(reader: &NodeReader, config: &JournalConfig) -> Result<(Opening, Log)> {
-    let opening = reader.choose_checkpoint()?;
+    let mut opening = reader.choose_checkpoint()?;
     let log = read_log(config, &opening.newest)?;
+    // The journal overwrites nothing from the older one's F on. If that is overwritten already (this is not the one that was kept beside the
+    // newest, which is lost), its place is one that live records have taken.
+    let first_replay = opening.newest.first_replay;
+    let is_kept = |older: &Checkpoint| older.first_replay == first_replay || holds_log_of(config, older);
+    if let Some(older) = opening.previous.take_if(|older| !is_kept(older)) {
+        tracing::warn!("checkpoint {} is not kept: its journal is gone", older.number);
+    }
     Ok((opening, log))
 }
