@@ -21,7 +21,7 @@ use crate::sync::Arc;
 use crate::units::DeviceIndex;
 
 /// Bytes from the start of a copy to the first map page.
-const MAP_START: u64 = RECORD_SLOTS * RECORD_SLOT_BYTES as u64;
+pub(super) const MAP_START: u64 = RECORD_SLOTS * RECORD_SLOT_BYTES as u64;
 
 /// What the slots for records hold.
 struct Records {
@@ -49,7 +49,7 @@ impl Records {
 }
 
 impl NodeReader {
-    fn area_copies(&self) -> impl Iterator<Item = (DeviceIndex, u64)> {
+    pub(super) fn area_copies(&self) -> impl Iterator<Item = (DeviceIndex, u64)> {
         let bucket_bytes = u64::from(self.superblock.geometry.bucket_bytes);
         let start = move |range: &BucketRange| (DeviceIndex(range.device), range.first * bucket_bytes);
         self.superblock.layout.checkpoints.iter().map(start)
@@ -62,7 +62,7 @@ impl NodeReader {
         u32::try_from(bytes.saturating_sub(MAP_START) / MAP_PAGE_BYTES as u64).unwrap_or(u32::MAX)
     }
 
-    fn area_device(&self, device: DeviceIndex) -> Result<&Arc<dyn BlockDevice>> {
+    pub(super) fn area_device(&self, device: DeviceIndex) -> Result<&Arc<dyn BlockDevice>> {
         let missing = || Error::corrupt("superblock", format!("its checkpoint area is on missing device {device}"));
         self.devices.get(usize::from(device.0)).ok_or_else(missing)
     }

@@ -27,6 +27,7 @@ mod node;
 mod node_space;
 mod reader;
 mod run;
+mod scrub;
 mod serialise;
 mod structure;
 #[cfg(test)]
@@ -55,9 +56,11 @@ use crate::units::NodeId;
 
 pub use buckets::NodeBuckets;
 pub use checkpoint::{CheckpointOutcome, CheckpointReason};
+pub use descent::Around;
 pub use locking::LockedLeaves;
 pub use log::{CheckpointLog, LogBoundary};
 pub use reader::NodeReader;
+pub use scrub::{CheckpointHold, NodeCursor, ScrubFinding, Scrubbed};
 pub use walk::{PublishedNode, walk_published};
 
 use cache::NodeCache;
