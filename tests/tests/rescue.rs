@@ -208,7 +208,7 @@ fn an_older_state_shows_the_older_content_or_eio() {
     const FILES: u32 = 40;
     // Without checksums, too: there a generation is all that tells.
     for options in [&[][..], &["--checksum", "none"]] {
-        let Some(site) = Site::formatted("64M", options) else { return };
+        let Some(site) = Site::formatted("32M", options) else { return };
         let path = |file: u32| site.mnt().join(format!("file{file}"));
         site.mount("");
         for file in 0..FILES {
@@ -231,8 +231,12 @@ fn an_older_state_shows_the_older_content_or_eio() {
         }
         fs::remove_dir_all(site.mnt().join("gone")).unwrap();
         site.sync();
-        for file in 0..FILES / 2 {
-            fs::write(path(file + 1000), stamped(file + 1000, 3, 60)).unwrap();
+        // Until it is full: what was freed is used again.
+        for file in 1000..1200 {
+            if fs::write(path(file), stamped(file, 3, 60)).is_err() {
+                break;
+            }
+            site.sync();
         }
         site.sync();
         site.crash();
@@ -265,6 +269,7 @@ fn an_older_state_shows_the_older_content_or_eio() {
         assert!(!site.mnt().join("renamed2").exists());
         assert!(fs::write(site.mnt().join("new"), b"x").is_err());
         assert!(whole >= FILES / 4, "what was left alone is there: {whole} whole, {refused} refused");
+        assert!(refused > 0, "nothing was used again: {whole} whole");
         site.unmount_noisily();
         // The present state is none the worse.
         site.mount("");

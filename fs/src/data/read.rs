@@ -286,7 +286,7 @@ impl Data {
         let Some(check) = self.reuse_check.get() else { return Ok(()) };
         let mut reasons = Vec::with_capacity(found.len());
         for found in found {
-            reasons.push(found.data().map(|data| check(data)).transpose()?.flatten());
+            reasons.push(found.data().map(check).transpose()?.flatten());
         }
         segments.retain_mut(|(index, segment)| {
             let Some(reason) = reasons.get(*index).and_then(Option::as_ref) else { return true };
