@@ -40,6 +40,8 @@ pub mod vfs;
 #[cfg(not(loom))]
 pub mod recovery;
 #[cfg(not(loom))]
+pub mod scrub;
+#[cfg(not(loom))]
 pub mod workers;
 #[cfg(not(loom))]
 pub mod filesystem;

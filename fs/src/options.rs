@@ -97,6 +97,8 @@ pub struct MountOptions {
     pub allow_other: Option<bool>,
     /// Where the daemon logs to; `None` is syslog.
     pub log: Option<PathBuf>,
+    /// The state of this checkpoint is shown, not the present one.
+    pub checkpoint: Option<u64>,
 }
 
 impl Default for MountOptions {
@@ -116,6 +118,7 @@ impl Default for MountOptions {
             commit_interval: Duration::from_secs(1),
             allow_other: None,
             log: None,
+            checkpoint: None,
         }
     }
 }
@@ -258,6 +261,17 @@ pub const MOUNT_OPTIONS: &[OptionDefinition] = &[
         },
         "what is written becomes durable at the latest after this (default 1; 0: with each operation)",
     ),
+    value(
+        "checkpoint",
+        "N",
+        |o, text| {
+            let wrong =
+                || Error::Invalid(format!("checkpoint `{text}` is not a number: `coppice checkpoints` lists them"));
+            o.checkpoint = Some(text.parse().map_err(|_| wrong())?);
+            Ok(())
+        },
+        "show the state of an older checkpoint, with ro only; data that was overwritten since is an error (EIO)",
+    ),
     flag("allow_other", false, |o| o.allow_other = Some(true), "other users may use the mount (default for root)"),
     flag("noallow_other", false, |o| o.allow_other = Some(false), "only the user who mounts may use the mount"),
     value(
@@ -388,7 +402,7 @@ mod tests {
     fn options_set_what_they_say() {
         let parsed = parse(
             "ro,noatime,dev,suid,noexec,cache=daemon,cache_size=64M,threads=3,compression=zstd:7,commit=0,allow_other,\
-             log=/tmp/l,defaults,noauto,user,nofail,_netdev,x-systemd.automount,x-y=1,comment=two words",
+             log=/tmp/l,checkpoint=12,defaults,noauto,user,nofail,_netdev,x-systemd.automount,x-y=1,comment=two words",
         )
         .unwrap();
         assert_eq!(
@@ -408,6 +422,7 @@ mod tests {
                 commit_interval: Duration::ZERO,
                 allow_other: Some(true),
                 log: Some("/tmp/l".into()),
+                checkpoint: Some(12),
             }
         );
         assert_eq!(parse("rw,,defaults").unwrap(), MountOptions::default());
@@ -428,6 +443,7 @@ mod tests {
             ("compression=gzip", "gzip"),
             ("commit=301", "301"),
             ("commit=-1", "-1"),
+            ("checkpoint=x", "coppice checkpoints"),
         ] {
             let error = parse(options).unwrap_err().to_string();
             assert!(error.contains(named) && !error.contains('\n'), "{options}: {error}");

@@ -159,7 +159,7 @@ fn open(target: &Path, mode: Mode) -> Result<Arc<Filesystem>> {
 
 fn rounds(arguments: &Arguments, target: &str, mode: Mode, filesystem: &Filesystem) -> Result<u8> {
     let mut first: Option<Report> = None;
-    let mut repaired = 0;
+    let mut repaired = healed_by_opening(arguments, target, mode, filesystem);
     let mut code = EXIT_CLEAN;
     let mut declined = Vec::new();
     for _ in 0..ROUNDS_MAX {
@@ -191,6 +191,23 @@ fn rounds(arguments: &Arguments, target: &str, mode: Mode, filesystem: &Filesyst
         print_report(arguments, target, report, repaired, code);
     }
     Ok(code)
+}
+
+/// Opening for writing replays the journal and then writes a checkpoint: over a damaged one, if there was one. How many that healed.
+fn healed_by_opening(arguments: &Arguments, target: &str, mode: Mode, filesystem: &Filesystem) -> usize {
+    if mode == Mode::NoChanges || filesystem.replayed().keys == 0 {
+        return 0;
+    }
+    let opening = filesystem.opening();
+    let damaged = opening.passed_over.iter().filter(|passed| passed.is_damage);
+    let said = damaged.map(|passed| {
+        let (number, used, reason) = (passed.number, opening.newest.number, passed.reason.clone());
+        let problem = Problem::CheckpointDamaged { number, used, reason };
+        if !arguments.json {
+            println!("{target}: {}: {}; repaired", problem.id(), problem.describe());
+        }
+    });
+    said.count()
 }
 
 fn list_damaged(arguments: &Arguments, target: &str, filesystem: &Filesystem) -> Result<u8> {

@@ -23,6 +23,7 @@ pub enum Problem {
     SuperblockCopy { offset: u64, reason: String },
     JournalDamaged { reason: String },
     CheckpointUnusable { reason: String },
+    CheckpointDamaged { number: u64, used: u64, reason: String },
     NodeCopy { btree: BtreeId, from: Position, level: u8, node: u64, device: u8, offset: u64, reason: String },
     NodeUnreadable { btree: BtreeId, level: u8, from: Position, to: Position, reason: String },
     NodeMap { device: u8, bucket: u64, recorded: u64, reachable: u64 },
@@ -69,6 +70,7 @@ impl Problem {
             Self::SuperblockCopy { .. } => "superblock-copy",
             Self::JournalDamaged { .. } => "journal-damaged",
             Self::CheckpointUnusable { .. } => "checkpoint-unusable",
+            Self::CheckpointDamaged { .. } => "checkpoint-damaged",
             Self::NodeCopy { .. } => "node-copy",
             Self::NodeUnreadable { .. } => "node-unreadable",
             Self::NodeMap { .. } => "node-map",
@@ -113,6 +115,7 @@ impl Problem {
     pub fn severity(&self) -> Severity {
         match self {
             Self::SuperblockCopy { .. }
+            | Self::CheckpointDamaged { .. }
             | Self::NodeCopy { .. }
             | Self::NodeMap { .. }
             | Self::BackpointerMissing { .. }
@@ -153,6 +156,9 @@ impl Problem {
                 format!("the superblock copy at byte {offset} is stale: {reason}")
             }
             Self::JournalDamaged { reason } => format!("the journal is damaged: {reason}"),
+            Self::CheckpointDamaged { number, used, reason } => format!(
+                "checkpoint {number} is damaged ({reason}): checkpoint {used} and the journal give the same state, nothing is lost"
+            ),
             Self::CheckpointUnusable { reason } => format!("no checkpoint is whole: {reason}"),
             Self::NodeCopy { btree, node, device, offset, reason, .. } => {
                 format!("a copy of node {node} of {} (device {device}, byte {offset}) is bad: {reason}", btree.name())

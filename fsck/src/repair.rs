@@ -37,6 +37,8 @@ pub fn repair(filesystem: &Filesystem, problems: &[Problem]) -> Result<usize> {
             Problem::NodeCopy { btree, from, .. } => {
                 filesystem.forest().get(*btree, *from)?;
             }
+            // The checkpoint below is written over it.
+            Problem::CheckpointDamaged { .. } => {}
             Problem::Unconnected { inode } => connect(filesystem, InodeNumber(*inode))?,
             _ => {
                 let options = CommitOptions { raw: true, ..CommitOptions::reclaim() };

@@ -10,6 +10,7 @@
 //! - [`faulty`]: a device that misbehaves by a plan, also under a real mount.
 //! - [`crash`]: runs a workload on a simulated device, cuts the power everywhere, and asks the oracle.
 //! - [`filesystem_subject`]: coppice itself, in this process, for [`crash`].
+//! - [`damage`]: chosen parts of an image file, destroyed.
 //! - [`mount`]: an image in a temporary folder, formatted, mounted and checked by the real programs.
 //! - [`fsx`]: random operations on one file against an array of bytes, in this process.
 //! - [`race`]: readers against everything that frees and reuses what they read, on real threads, in this process and on a mount.
@@ -25,6 +26,7 @@ pub mod shown;
 pub mod model;
 pub mod crash;
 pub mod mount;
+pub mod damage;
 pub mod workloads;
 pub mod fuzz;
 pub mod race;

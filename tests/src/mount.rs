@@ -189,9 +189,27 @@ impl Site {
     /// If that fails.
     pub fn unmount(&self) {
         // Another test's child may hold a descriptor of ours between fork and exec.
+        self.unmount_noisily();
+        self.assert_quiet_log();
+    }
+
+    /// Unmounts where errors in the log are what was asked for.
+    ///
+    /// # Panics
+    /// If that fails.
+    pub fn unmount_noisily(&self) {
         wait_until("it is unmounted", || finish(command("umount").arg(self.mnt())).unwrap().status.success());
         wait_until("the daemon is gone", || lock_holders(&self.image()).is_empty());
-        self.assert_quiet_log();
+    }
+
+    /// SIGKILL to the daemon; the dead mount is taken away.
+    ///
+    /// # Panics
+    /// If that fails.
+    pub fn crash(&self) {
+        self.kill();
+        wait_until("the daemon is gone", || lock_holders(&self.image()).is_empty());
+        run(command("umount").arg("-l").arg(self.mnt()));
     }
 
     /// Unmounts and mounts again.

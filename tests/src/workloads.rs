@@ -473,8 +473,11 @@ pub fn full(seed: u64, length: usize) -> Vec<Operation> {
     let mut workload = Vec::with_capacity(length);
     for tag in 1..=length as u32 {
         let tree = model.tree();
-        let files: Vec<String> =
-            tree.iter().filter(|(_, entry)| matches!(entry.kind, Kind::File(_))).map(|(path, _)| path.clone()).collect();
+        let files: Vec<String> = tree
+            .iter()
+            .filter(|(_, entry)| matches!(entry.kind, Kind::File(_)))
+            .map(|(path, _)| path.clone())
+            .collect();
         let operation = match random.below(16) {
             0..=2 => create(&format!("/n{}", random.below(40))),
             3..=7 => {

@@ -26,6 +26,7 @@ const LAYERS: &[&str] = &[
     "vfs",
     "recovery",
     "workers",
+    "scrub",
     "filesystem",
     "fuse",
 ];

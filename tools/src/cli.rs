@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
-use crate::commands::{install, journal, layout, list, mounted, show_super, usage};
+use crate::commands::{checkpoints, install, journal, layout, list, mounted, restore, scrub, show_super, usage};
 use crate::{bench, image, mount, probe, trial};
 
 /// The exit code for a command line that is wrong, as most programs have it.
@@ -37,6 +37,12 @@ enum Command {
     List(list::Arguments),
     /// Show what is in the log
     Journal(journal::Arguments),
+    /// List the checkpoints of an image, and which of them are whole
+    Checkpoints(checkpoints::Arguments),
+    /// Read and verify everything, of a mount or an image, and repair what has another copy
+    Scrub(scrub::Arguments),
+    /// Copy out all that is readable of an image that cannot be mounted
+    Restore(restore::Arguments),
     /// Show all counters of a mounted filesystem
     Stats(mounted::StatsArguments),
     /// Make everything on a mounted filesystem durable
@@ -118,6 +124,11 @@ fn run(cli: Cli) -> ExitCode {
             log_to_terminal();
             return ExitCode::from(coppicefs_fsck::cli::run(&arguments));
         }
+        Command::Scrub(arguments) => return ExitCode::from(scrub::run(&arguments)),
+        Command::Restore(arguments) => {
+            // It says itself what cannot be read.
+            return ExitCode::from(restore::run(&arguments));
+        }
         command => {
             log_to_terminal();
             run_simple(command)
@@ -133,6 +144,7 @@ fn run_simple(command: Command) -> anyhow::Result<()> {
         Command::Usage(arguments) => usage::run(&arguments),
         Command::List(arguments) => list::run(&arguments),
         Command::Journal(arguments) => journal::run(&arguments),
+        Command::Checkpoints(arguments) => checkpoints::run(&arguments),
         Command::Stats(arguments) => mounted::stats(&arguments),
         Command::Sync(arguments) => mounted::sync(&arguments),
         Command::Collapse(arguments) => layout::collapse(&arguments),
@@ -146,7 +158,7 @@ fn run_simple(command: Command) -> anyhow::Result<()> {
         Command::Man => Ok(clap_mangen::Man::new(Cli::command()).render(&mut std::io::stdout())?),
         Command::Try(arguments) => trial::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
-        Command::Mount(_) | Command::Fsck(_) => Ok(()),
+        Command::Mount(_) | Command::Fsck(_) | Command::Restore(_) | Command::Scrub(_) => Ok(()),
     }
 }
 

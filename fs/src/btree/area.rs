@@ -5,9 +5,9 @@
 
 use std::collections::BTreeSet;
 
-use super::Opening;
 use super::image::{Expected, LEVEL_MAX};
 use super::reader::NodeReader;
+use super::{Opening, PassedOver};
 use crate::device::{BlockDevice, WriteRequest};
 use crate::error::{Corruption, Error, Result};
 use crate::format::checkpoint::{
@@ -21,10 +21,35 @@ use crate::sync::Arc;
 use crate::units::DeviceIndex;
 
 /// Bytes from the start of a copy to the first map page.
-const MAP_START: u64 = RECORD_SLOTS * RECORD_SLOT_BYTES as u64;
+pub(super) const MAP_START: u64 = RECORD_SLOTS * RECORD_SLOT_BYTES as u64;
+
+/// What the slots for records hold.
+struct Records {
+    /// Valid ones, newest first, each once.
+    records: Vec<Checkpoint>,
+    /// Slots that were written at some time.
+    written: [bool; RECORD_SLOTS as usize],
+}
+
+impl Records {
+    /// The record after the newest valid one, if its slot holds something else than what stood there before.
+    fn lost_newest(&self) -> Option<PassedOver> {
+        let number = self.records.first()?.number + 1;
+        let slot = number % RECORD_SLOTS;
+        let is_held = self.records.iter().any(|record| record.number % RECORD_SLOTS == slot);
+        let is_written = self.written.get(usize::try_from(slot).ok()?).copied().unwrap_or(false);
+        // From the fifth on each slot held one before.
+        (!is_held && (is_written || number > RECORD_SLOTS)).then(|| PassedOver {
+            number,
+            reason: "its record is not whole in any copy (the power was cut while it was written, or it is damaged)"
+                .into(),
+            is_damage: false,
+        })
+    }
+}
 
 impl NodeReader {
-    fn area_copies(&self) -> impl Iterator<Item = (DeviceIndex, u64)> {
+    pub(super) fn area_copies(&self) -> impl Iterator<Item = (DeviceIndex, u64)> {
         let bucket_bytes = u64::from(self.superblock.geometry.bucket_bytes);
         let start = move |range: &BucketRange| (DeviceIndex(range.device), range.first * bucket_bytes);
         self.superblock.layout.checkpoints.iter().map(start)
@@ -37,19 +62,24 @@ impl NodeReader {
         u32::try_from(bytes.saturating_sub(MAP_START) / MAP_PAGE_BYTES as u64).unwrap_or(u32::MAX)
     }
 
-    fn area_device(&self, device: DeviceIndex) -> Result<&Arc<dyn BlockDevice>> {
+    pub(super) fn area_device(&self, device: DeviceIndex) -> Result<&Arc<dyn BlockDevice>> {
         let missing = || Error::corrupt("superblock", format!("its checkpoint area is on missing device {device}"));
         self.devices.get(usize::from(device.0)).ok_or_else(missing)
     }
 
-    /// Valid records in all slots of all copies, newest first, each once.
-    fn records(&self) -> Vec<Checkpoint> {
+    /// What the slots of all copies hold.
+    fn records(&self) -> Records {
         let mut records: Vec<Checkpoint> = Vec::new();
+        let mut written = [false; RECORD_SLOTS as usize];
         let mut buffer = vec![0; RECORD_SLOT_BYTES];
         for (device, start) in self.area_copies() {
             for slot in 0..RECORD_SLOTS {
                 let offset = start + slot * RECORD_SLOT_BYTES as u64;
                 let read = self.area_device(device).and_then(|device| device.read(offset, &mut buffer));
+                if let Some(written) = written.get_mut(usize::try_from(slot).unwrap_or(usize::MAX)) {
+                    // mkfs fills the slots with zeros.
+                    *written |= read.is_err() || buffer.iter().any(|&byte| byte != 0);
+                }
                 let decoded = read.and_then(|()| Ok(Checkpoint::decode(self.superblock.filesystem, &buffer)?));
                 match decoded {
                     Ok(record) if record.number % RECORD_SLOTS == slot => {
@@ -64,7 +94,7 @@ impl NodeReader {
             }
         }
         records.sort_by_key(|record| std::cmp::Reverse(record.number));
-        records
+        Records { records, written }
     }
 
     /// Reads a page of a checkpoint's map.
@@ -98,8 +128,23 @@ impl NodeReader {
         checkpoint.map.iter().enumerate().map(|(index, &reference)| self.map_page(index, reference)).collect()
     }
 
+    /// All checkpoints whose records can be read, newest first.
+    #[must_use]
+    pub fn checkpoints(&self) -> Vec<Checkpoint> {
+        self.records().records
+    }
+
+    /// The checkpoint whose record should be there and is not whole in any copy, if there is one: newer than all others.
+    #[must_use]
+    pub fn lost_record(&self) -> Option<PassedOver> {
+        self.records().lost_newest()
+    }
+
     /// Whether the map and all roots of a checkpoint can be read.
-    fn verify(&self, checkpoint: &Checkpoint) -> Result<()> {
+    ///
+    /// # Errors
+    /// Says what cannot.
+    pub fn verify(&self, checkpoint: &Checkpoint) -> Result<()> {
         self.read_map(checkpoint)?;
         for root in &checkpoint.roots {
             let btree = BtreeId::from_stored(root.btree)?;
@@ -121,22 +166,35 @@ impl NodeReader {
     /// # Errors
     /// If there is none.
     pub fn choose_checkpoint(&self) -> Result<Opening> {
-        let records = self.records();
-        let highest = records.first().map_or(0, |record| record.number);
+        let found = self.records();
+        let highest = found.records.first().map_or(0, |record| record.number);
+        let mut passed_over: Vec<PassedOver> = found.lost_newest().into_iter().collect();
         let mut problem = Error::corrupt("checkpoint area", "it holds no valid record");
-        for (index, record) in records.iter().enumerate() {
+        for (index, record) in found.records.iter().enumerate() {
             match self.verify(record) {
                 Ok(()) => {
-                    let previous = records.iter().skip(index + 1).find(|older| self.read_map(older).is_ok()).cloned();
+                    let mut older = found.records.iter().skip(index + 1);
+                    let previous = older.find(|older| self.read_map(older).is_ok()).cloned();
                     // The next record goes over one that cannot be used, not over one that is kept.
                     let next_number = if index == 0 { highest + 1 } else { highest + RECORD_SLOTS };
-                    return Ok(Opening { newest: record.clone(), previous, next_number });
+                    for passed in &passed_over {
+                        tracing::warn!(
+                            "checkpoint {} cannot be used: {}. Checkpoint {} is used instead: with the journal, which is kept for it, nothing is lost",
+                            passed.number,
+                            passed.reason,
+                            record.number
+                        );
+                    }
+                    return Ok(Opening { newest: record.clone(), previous, next_number, passed_over });
                 }
                 Err(error) => {
-                    tracing::warn!("checkpoint {} cannot be used: {error}", record.number);
+                    passed_over.push(PassedOver { number: record.number, reason: error.to_string(), is_damage: true });
                     problem = error;
                 }
             }
+        }
+        for passed in &passed_over {
+            tracing::warn!("checkpoint {} cannot be used: {}", passed.number, passed.reason);
         }
         Err(problem)
     }

@@ -63,7 +63,7 @@ pub(super) struct Kept {
     pub(super) previous: Option<Checkpoint>,
     next_number: u64,
     /// Map of the newest, by page.
-    published_map: Vec<Vec<MapEntry>>,
+    pub(super) published_map: Vec<Vec<MapEntry>>,
     /// Changes of reachability by nodes that left the tree since, other than by their parent's entry: collapsed roots.
     pub(super) pending: SlotChanges,
 }
@@ -91,6 +91,12 @@ impl Forest {
         if !self.checkpoint_requested.swap(true, Ordering::Relaxed) {
             self.checkpoint_event.notify();
         }
+    }
+
+    /// How many checkpoints have ended since the filesystem was opened.
+    #[must_use]
+    pub fn checkpoints_done(&self) -> u64 {
+        self.checkpoints_done.load(Ordering::Relaxed)
     }
 
     /// Notified when a checkpoint has ended or was asked for.

@@ -23,6 +23,20 @@ pub(super) struct Found {
     pub parent: Option<Arc<Node>>,
 }
 
+/// What [`Forest::scan_around`] comes by.
+#[derive(Debug)]
+pub enum Around {
+    /// Keys.
+    Keys(Scan),
+    /// Nothing can be read up to `to`, inclusive.
+    Lost {
+        /// Last position of the node that is lost.
+        to: Position,
+        /// Why.
+        error: Error,
+    },
+}
+
 impl Forest {
     /// The root of a tree.
     pub(super) fn root(&self, btree: BtreeId) -> Arc<Node> {
@@ -219,5 +233,28 @@ impl Forest {
             };
             return Ok(Scan { keys, covered_to });
         }
+    }
+
+    /// As [`Self::scan`], but names the range of a node that is lost, so that it can be jumped over. Always goes forward.
+    pub fn scan_around(&self, btree: BtreeId, from: Position, to: Position, limit: usize) -> Around {
+        match self.scan(btree, from, to, limit) {
+            Ok(scan) => Around::Keys(scan),
+            Err(error) => Around::Lost { to: self.lost_until(btree, from, 0).min(to), error },
+        }
+    }
+
+    /// The last position of the lost node, at or above `level`, in whose range `position` is. What is known of ranges is above it.
+    pub(super) fn lost_until(&self, btree: BtreeId, position: Position, level: u8) -> Position {
+        let root = self.root(btree);
+        for above in level + 1..=root.level {
+            let Ok(Some(found)) = self.find(btree, position, above) else { continue };
+            let content = found.node.content.read();
+            let limit = match content.child(position) {
+                Some((minimum, _)) => content.child_limit(minimum),
+                None => content.limit,
+            };
+            return limit.and_then(Position::predecessor).unwrap_or(Position::MAX).max(position);
+        }
+        Position::MAX
     }
 }

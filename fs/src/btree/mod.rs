@@ -27,6 +27,7 @@ mod node;
 mod node_space;
 mod reader;
 mod run;
+mod scrub;
 mod serialise;
 mod structure;
 #[cfg(test)]
@@ -55,9 +56,11 @@ use crate::units::NodeId;
 
 pub use buckets::NodeBuckets;
 pub use checkpoint::{CheckpointOutcome, CheckpointReason};
+pub use descent::Around;
 pub use locking::LockedLeaves;
 pub use log::{CheckpointLog, LogBoundary};
 pub use reader::NodeReader;
+pub use scrub::{CheckpointHold, NodeCursor, ScrubFinding, Scrubbed};
 pub use walk::{PublishedNode, walk_published};
 
 use cache::NodeCache;
@@ -91,6 +94,19 @@ pub struct Opening {
     pub previous: Option<Checkpoint>,
     /// Number of the next checkpoint.
     pub next_number: u64,
+    /// Newer ones that cannot be used, newest first.
+    pub passed_over: Vec<PassedOver>,
+}
+
+/// A checkpoint that cannot be used, though nothing newer can either.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PassedOver {
+    /// Its number.
+    pub number: u64,
+    /// What is wrong with it.
+    pub reason: String,
+    /// It was whole once. If not: a power cut while its record was written looks the same.
+    pub is_damage: bool,
 }
 
 impl Opening {
@@ -111,7 +127,7 @@ impl Opening {
             map: Vec::new(),
             written_at: 0,
         };
-        Self { newest, previous: None, next_number: 1 }
+        Self { newest, previous: None, next_number: 1, passed_over: Vec::new() }
     }
 }
 

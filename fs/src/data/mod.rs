@@ -27,6 +27,7 @@ pub mod extents;
 mod logged;
 mod range;
 mod read;
+mod salvage;
 mod seek;
 mod write;
 
@@ -40,7 +41,7 @@ use smallvec::SmallVec;
 use crate::device::{BlockDevice, WriteRequest};
 use crate::env::Env;
 use crate::error::{Error, Result};
-use crate::format::extent::EXTENT_BYTES_MAX;
+use crate::format::extent::{DataExtent, EXTENT_BYTES_MAX};
 use crate::format::namespace::Inode;
 use crate::format::superblock::Superblock;
 use crate::format::{BtreeId, ChecksumKind, Position};
@@ -53,8 +54,10 @@ use crate::units::{DeviceIndex, InodeNumber, JournalSequence, SnapshotId};
 
 pub use compress::Compression;
 pub use copygc::{CopyGc, Evacuated};
+pub use extents::{Extent, Shape};
 pub use logged::RangeFill;
 pub use read::{BadRange, ReadPiece};
+pub use salvage::{BadPart, read_extent};
 pub use write::{PreparedWrite, WriteCommit, WriteRun};
 
 /// Largest file that is kept inline, in bytes, by default: what keeps a leaf of 128 KiB holding several dozen files.
@@ -108,7 +111,12 @@ pub struct Data {
     value_bytes_max: usize,
     /// Told of each inode whose extents copygc has moved.
     moved: OnceLock<MovedHook>,
+    /// Where an older state is read.
+    reuse_check: OnceLock<ReuseCheck>,
 }
+
+/// See [`Data::set_reuse_check`]: why an extent's bytes may no longer be its own, if so.
+pub type ReuseCheck = Box<dyn Fn(&DataExtent) -> Result<Option<String>> + Send + Sync>;
 
 /// See [`Data::set_moved_hook`].
 pub type MovedHook = Box<dyn Fn(InodeNumber) + Send + Sync>;
@@ -161,12 +169,18 @@ impl Data {
             keys_max: (node_bytes / 8 / 64).clamp(4, 256),
             value_bytes_max,
             moved: OnceLock::new(),
+            reuse_check: OnceLock::new(),
         })
     }
 
     /// Sets what is called, with no lock held, after copygc's commits, once for each inode whose extents it moved. Only the first hook counts.
     pub fn set_moved_hook(&self, hook: MovedHook) {
         let _ = self.moved.set(hook);
+    }
+
+    /// Sets what is asked before an extent is read, for a state whose buckets may have been used again since. Only the first counts.
+    pub fn set_reuse_check(&self, check: ReuseCheck) {
+        let _ = self.reuse_check.set(check);
     }
 
     /// How new data is stored.

@@ -262,6 +262,7 @@ impl Data {
             }
             !is_stale
         });
+        self.refuse_reused(inode, &found, &mut segments, &mut attempted)?;
         #[cfg(test)]
         super::tests::seam::reach("submitting");
         self.space.test_pause();
@@ -272,6 +273,30 @@ impl Data {
         }
         self.finish_frames(inode, &found, frames, &mut attempted)?;
         Ok(attempted)
+    }
+
+    /// Of an older state: leaves out the extents whose buckets were used again since.
+    fn refuse_reused(
+        &self,
+        inode: InodeNumber,
+        found: &[Found],
+        segments: &mut Vec<(usize, Segment<'_>)>,
+        attempted: &mut Attempted,
+    ) -> Result<()> {
+        let Some(check) = self.reuse_check.get() else { return Ok(()) };
+        let mut reasons = Vec::with_capacity(found.len());
+        for found in found {
+            reasons.push(found.data().map(check).transpose()?.flatten());
+        }
+        segments.retain_mut(|(index, segment)| {
+            let Some(reason) = reasons.get(*index).and_then(Option::as_ref) else { return true };
+            let what = format!("data of inode {inode} at byte {}", segment.offset);
+            let error = Error::corrupt(what, reason.clone());
+            segment.buffer.fill(0);
+            attempted.bad.push((segment.piece, BadRange { start: segment.offset, end: segment.end(), error }));
+            false
+        });
+        Ok(())
     }
 
     fn is_unchanged(&self, found: &Found) -> Result<bool> {

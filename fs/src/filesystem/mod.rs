@@ -28,6 +28,7 @@ use crate::metrics::Metrics;
 use crate::namespace::Namespace;
 use crate::pagecache::Cache;
 use crate::recovery::{Replayed, superblock};
+use crate::scrub::{Scrub, ScrubHandle};
 use crate::space::Space;
 use crate::sync::Mutex;
 use crate::transaction::Transactions;
@@ -52,6 +53,7 @@ pub struct Filesystem {
     replayed: Replayed,
     read_only: bool,
     workers: Mutex<Option<WorkerThreads>>,
+    scrub: Arc<Scrub>,
 }
 
 impl std::fmt::Debug for Filesystem {
@@ -139,6 +141,12 @@ impl Filesystem {
         self.journal.totals()
     }
 
+    /// Scrubs: what a tool asks of the filesystem in its own process. What a mount is asked comes to the same.
+    #[must_use]
+    pub fn scrub(&self) -> ScrubHandle {
+        ScrubHandle(Arc::clone(&self.scrub))
+    }
+
     /// Where space is.
     #[must_use]
     pub fn usage(&self) -> Usage {
@@ -184,6 +192,7 @@ impl Filesystem {
     /// # Errors
     /// The first error; everything else is still tried. After an error the next mount recovers.
     pub fn close(&self) -> Result<()> {
+        self.scrub.stop();
         let closed = self.vfs.close();
         if let Some(workers) = self.workers.lock().take() {
             workers.stop();

@@ -19,7 +19,11 @@ use crate::journal::{Journal, JournalConfig, Log, journal_identity, read_log};
 use crate::metrics::Metrics;
 use crate::options::{AccessTimes, CacheMode, CompressionChoice, MountOptions};
 use crate::pagecache::{Cache, CacheOptions, spawn_threads};
-use crate::recovery::{replay, replay_index, replay_with_triggers, superblock};
+use crate::recovery::{
+    InspectedCheckpoints, Salvage, choose_log, choose_older, inspect_checkpoints, present_reuse_check, replay,
+    replay_index, replay_with_triggers, superblock,
+};
+use crate::scrub::{Scrub, ScrubConfig, ScrubRequests};
 use crate::snapshot::Snapshots;
 use crate::space::Space;
 use crate::sync::Mutex;
@@ -49,6 +53,8 @@ pub enum WorkerSet {
 pub struct OpenOptions {
     /// Write nothing: the log is replayed in memory.
     pub read_only: bool,
+    /// Show the state of this checkpoint, as it was when it was made. With `read_only` alone.
+    pub checkpoint: Option<u64>,
     /// Background jobs.
     pub workers: WorkerSet,
     /// Budget in bytes for page cache and node cache together.
@@ -79,6 +85,7 @@ impl Default for OpenOptions {
     fn default() -> Self {
         Self {
             read_only: false,
+            checkpoint: None,
             workers: WorkerSet::All,
             cache_bytes: default_cache_bytes(),
             commit_interval: Duration::from_secs(1),
@@ -99,6 +106,7 @@ impl From<&MountOptions> for OpenOptions {
     fn from(mount: &MountOptions) -> Self {
         Self {
             read_only: mount.read_only,
+            checkpoint: mount.checkpoint,
             cache_bytes: mount.cache_bytes.unwrap_or_else(default_cache_bytes),
             commit_interval: mount.commit_interval,
             compression: mount.compression,
@@ -306,6 +314,22 @@ impl Filesystem {
         Ok(InspectedLog { superblock, checkpoint, log })
     }
 
+    /// Looks at all checkpoints of an image. `progress` is told of each node that was read.
+    ///
+    /// # Errors
+    /// Those of opening the device, and of the superblock.
+    pub fn inspect_checkpoints(path: &Path, progress: &dyn Fn()) -> Result<InspectedCheckpoints> {
+        inspect_checkpoints(Arc::new(open_device(path, true)?), progress)
+    }
+
+    /// Opens what is left of an image that cannot be mounted, for reading; with a number, the state of that checkpoint.
+    ///
+    /// # Errors
+    /// As [`Salvage::open`], and those of opening the device.
+    pub fn open_salvage(path: &Path, checkpoint: Option<u64>) -> Result<Salvage> {
+        Salvage::open(vec![Arc::new(open_device(path, true)?)], checkpoint)
+    }
+
     /// Opens a filesystem: recovers it, and starts its workers.
     ///
     /// # Errors
@@ -320,6 +344,12 @@ impl Filesystem {
         options: &OpenOptions,
         prepare: impl FnOnce(&Transactions) -> Result<()>,
     ) -> Result<Arc<Self>> {
+        if options.checkpoint.is_some() && !options.read_only {
+            return Err(Error::Invalid(
+                "checkpoint=N shows an older state, which nothing can be written to: mount it with -o ro,checkpoint=N"
+                    .into(),
+            ));
+        }
         let env = options.env.clone().unwrap_or_else(Env::real);
         let metrics = Arc::new(Metrics::default());
         let checked: Vec<_> =
@@ -338,7 +368,10 @@ impl Filesystem {
 
         let reader = NodeReader::new(Arc::clone(&superblock), devices.clone(), Arc::clone(&metrics));
         let config = journal_config(&superblock, &devices, options);
-        let (opening, log) = choose_log(&reader, &config)?;
+        let (opening, log) = match options.checkpoint {
+            Some(number) => choose_older(&reader, &config, number)?,
+            None => choose_log(&reader, &config)?,
+        };
         if !options.read_only {
             // The last records before a power cut may be in one copy only, and will be counted on.
             log.repair_copies(&config)?;
@@ -396,6 +429,9 @@ impl Filesystem {
             replayed,
             options,
         )?;
+        if options.checkpoint.is_some() {
+            filesystem.guard_older_state(&reader, options);
+        }
         filesystem.start(options)?;
         if replayed.keys > 0 {
             tracing::info!(records = replayed.records, keys = replayed.keys, "recovered: the journal was replayed");
@@ -464,7 +500,22 @@ impl Filesystem {
                 ..VfsOptions::default()
             },
         })?;
+        let scrub = Scrub::new(ScrubConfig {
+            superblock: Arc::clone(&superblock),
+            devices: devices.clone(),
+            forest: Arc::clone(&forest),
+            journal: Arc::clone(&journal),
+            transactions: Arc::clone(&transactions),
+            data: Arc::clone(&data),
+            space: Arc::clone(&space),
+            vfs: Arc::clone(&vfs),
+            env: Arc::clone(&env),
+            read_only: options.read_only,
+            on_failure: latch_on_failure(&vfs),
+        });
+        vfs.set_scrub(Arc::new(ScrubRequests(Arc::downgrade(&scrub))));
         Ok(Arc::new(Self {
+            scrub,
             superblock,
             checked,
             devices,
@@ -484,6 +535,23 @@ impl Filesystem {
         }))
     }
 
+    /// Data of an older state is read only where it was not overwritten since.
+    fn guard_older_state(&self, reader: &NodeReader, options: &OpenOptions) {
+        let config = journal_config(&self.superblock, &self.devices, options);
+        let mut warnings = Vec::new();
+        let check = present_reuse_check(&self.superblock, &self.devices, reader, &config, &mut warnings);
+        self.data.set_reuse_check(check);
+        for warning in warnings {
+            tracing::warn!("{warning}");
+        }
+        let record = &self.opening.newest;
+        tracing::info!(
+            "this is the state of checkpoint {}, of {} seconds after 1970",
+            record.number,
+            record.written_at
+        );
+    }
+
     /// Starts the workers, and makes what was replayed need no replay again.
     fn start(self: &Arc<Self>, options: &OpenOptions) -> Result<()> {
         if options.read_only {
@@ -491,6 +559,9 @@ impl Filesystem {
             let pending = if options.workers == WorkerSet::All { self.data.next_logged_operation()? } else { None };
             return match pending {
                 None | Some(LoggedOperation::Truncate { .. }) => Ok(()),
+                Some(operation) if options.checkpoint.is_some() => Err(Error::Invalid(format!(
+                    "an operation was under way when that checkpoint was made ({operation:?}): `coppice restore --checkpoint` copies what is there"
+                ))),
                 Some(operation) => Err(Error::Invalid(format!(
                     "a crash interrupted an operation ({operation:?}): mount read-write once, so that it is finished"
                 ))),
@@ -504,12 +575,7 @@ impl Filesystem {
             workers.push(self.data.copygc_worker());
             workers.extend(self.vfs.workers());
         }
-        let latched = Arc::downgrade(self);
-        let on_failure: OnFailure = Arc::new(move |name, error| {
-            if let Some(filesystem) = latched.upgrade() {
-                filesystem.vfs.latch(format!("worker {name} failed: {error}"));
-            }
-        });
+        let on_failure = latch_on_failure(&self.vfs);
         *self.workers.lock() = Some(WorkerThreads::start(&self.env, workers, &on_failure)?);
         if self.replayed.keys > 0 {
             self.forest.checkpoint(&*log, CheckpointReason::Requested)?;
@@ -570,10 +636,12 @@ fn make_root(transaction: &mut Transaction<'_>, options: &FormatOptions, env: &E
     Ok(())
 }
 
-/// The newest checkpoint whose trees and log can be read. If the newest one's log is damaged, the one before it has the same records and more, so
-/// there is nothing to fall back to.
-fn choose_log(reader: &NodeReader, config: &JournalConfig) -> Result<(Opening, Log)> {
-    let opening = reader.choose_checkpoint()?;
-    let log = read_log(config, &opening.newest)?;
-    Ok((opening, log))
+/// A worker that failed latches the filesystem.
+fn latch_on_failure(vfs: &Arc<Vfs>) -> OnFailure {
+    let latched = Arc::downgrade(vfs);
+    Arc::new(move |name, error| {
+        if let Some(vfs) = latched.upgrade() {
+            vfs.latch(format!("worker {name} failed: {error}"));
+        }
+    })
 }

@@ -8,10 +8,14 @@ use std::fs::File;
 use std::path::Path;
 
 use rustix::fs::{FallocateFlags, fallocate};
+use rustix::io::Errno;
 use rustix::ioctl::{NoArg, Setter, Updater, ioctl};
 
 use crate::error::{Error, Result};
-use crate::vfs::{ARM_COLLAPSE, ARM_INSERT, IOCTL_ARM, IOCTL_STATISTICS, IOCTL_SYNC};
+use crate::vfs::{
+    ARM_COLLAPSE, ARM_INSERT, IOCTL_ARM, IOCTL_SCRUB, IOCTL_STATISTICS, IOCTL_SYNC, SCRUB_PAGE_BYTES, ScrubPage,
+    ScrubRequest,
+};
 
 /// Bytes that one statistics call carries.
 const PAGE_BYTES: usize = 8192;
@@ -69,6 +73,27 @@ pub fn statistics(mount: &Path) -> Result<Vec<(String, u64)>> {
         }
     }
     Ok(counters)
+}
+
+/// Asks the daemon of the filesystem that holds `mount` about a scrub, or for one.
+///
+/// # Errors
+/// As [`sync`]; `EPERM` for whoever is neither root nor runs the daemon, `EBUSY` for a start while one is running.
+pub fn scrub(mount: &Path, request: ScrubRequest) -> Result<ScrubPage> {
+    let file = open(mount)?;
+    let mut page = [0_u8; SCRUB_PAGE_BYTES];
+    for (to, from) in page.iter_mut().zip(request.encode()) {
+        *to = from;
+    }
+    // SAFETY: the command's number says that the kernel reads and writes 12288 bytes, which is the size of `page`.
+    let outcome = unsafe {
+        ioctl(&file, Updater::<{ IOCTL_SCRUB as rustix::ioctl::Opcode }, [u8; SCRUB_PAGE_BYTES]>::new(&mut page))
+    };
+    match outcome {
+        Ok(()) => ScrubPage::decode(&page),
+        Err(errno @ (Errno::BUSY | Errno::PERM)) => Err(errno.into()),
+        Err(errno) => Err(not_ours(mount, errno)),
+    }
 }
 
 /// How often a change of a file's layout is tried whose size somebody else changes meanwhile.

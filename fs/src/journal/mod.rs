@@ -49,7 +49,7 @@ use crate::sync::{Arc, LockClass, Mutex, Rank};
 use crate::units::JournalSequence;
 
 use chain::Chain;
-pub use read::{Log, LogRecord, read_log};
+pub use read::{Log, LogRecord, holds_log_of, read_log, read_log_best, read_log_prefix, read_log_until};
 use ring::Ring;
 use state::State;
 pub use totals::Totals;

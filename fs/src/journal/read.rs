@@ -238,61 +238,128 @@ struct Reader<'a> {
 /// [`Error::Corrupt`] if a record that is durable for certain cannot be read in any copy (the message names sequence and offset), or the
 /// checkpoint's boundary is not in the ring; a device's error if the flush fails.
 pub fn read_log(config: &JournalConfig, from: &Checkpoint) -> Result<Log> {
-    let ring = Ring::new(config)?;
     if !config.switches.skip_recovery_flush {
         for device in config.devices.iter().filter(|device| !device.is_read_only()) {
             device.flush()?;
         }
     }
-    if !SEQUENCES.contains(&from.first_replay)
-        || from.first_replay_offset >= ring.bytes
-        || !from.first_replay_offset.is_multiple_of(BLOCK_BYTES)
-    {
-        let problem = format!("F is record {} at byte {} of the journal", from.first_replay, from.first_replay_offset);
-        return Err(Error::corrupt(format!("checkpoint {}", from.number), problem));
-    }
-    let copies = ring.copies.iter().filter_map(|copy| {
-        let device = config.devices.get(copy.device)?;
-        Some(CopyReader::new(device.as_ref(), copy.start, ring.bytes))
-    });
-    let copies = copies.collect();
-    let known_flushed = JournalSequence(0);
-    let mut reader = Reader { config, ring, copies, highest_epoch: from.epoch, known_flushed };
-    let (found, tip) = reader.follow_chain(from);
+    let mut reader = Reader::new(config, from)?;
+    let (found, tip) = reader.follow_chain(from, u64::MAX);
     reader.look_behind_the_end(&found, &tip)?;
     let end = JournalSequence(tip.sequence - 1);
     if reader.known_flushed > end {
         return Err(reader.damage(&tip));
     }
-    let mut log = Log {
-        records: Vec::with_capacity(found.len()),
-        next: JournalSequence(tip.sequence),
-        offset: tip.offset,
-        previous_checksum: tip.previous_checksum,
-        highest_epoch: reader.highest_epoch,
-        known_flushed: reader.known_flushed,
-        bad_copies: Vec::new(),
-    };
-    let mut checked_bytes = 0;
-    for (offset, record) in found {
-        let header = record.header;
-        if header.sequence > log.known_flushed && !reader.data_is_there(&record, &mut checked_bytes)? {
-            log.next = header.sequence;
-            log.offset = offset;
-            log.previous_checksum = header.previous_checksum;
-            break;
-        }
-        let bad_copies =
-            record.bad_copies.iter().map(|&copy| BadCopy { record: log.records.len(), copy, offset: record.start });
-        log.bad_copies.extend(bad_copies);
-        log.records.push(LogRecord { header, payload: record.payload });
+    reader.into_log(found, &tip)
+}
+
+/// The records from a checkpoint's F up to `until` inclusive, all of which were durable at some time. The log behind `until` is not looked at.
+/// Nothing is flushed.
+///
+/// # Errors
+/// [`Error::Corrupt`] if not all of them are there (any more).
+pub fn read_log_until(config: &JournalConfig, from: &Checkpoint, until: JournalSequence) -> Result<Log> {
+    let (log, problem) = read_log_prefix(config, from, until)?;
+    match problem {
+        Some(problem) => Err(problem),
+        None => Ok(log),
     }
-    Ok(log)
+}
+
+/// As [`read_log_until`], but gives what is there, with what is wrong behind it: where the first record is that is missing.
+///
+/// # Errors
+/// If the journal cannot be looked at, or the checkpoint's boundary is not in the ring.
+pub fn read_log_prefix(
+    config: &JournalConfig,
+    from: &Checkpoint,
+    until: JournalSequence,
+) -> Result<(Log, Option<Error>)> {
+    let mut reader = Reader::new(config, from)?;
+    let (found, tip) = reader.follow_chain(from, until.0);
+    let problem = (tip.sequence <= until.0).then(|| {
+        let problem = format!("it is not (or no longer) whole at byte {} of the journal", tip.offset);
+        Error::corrupt(format!("journal record {}", tip.sequence), problem)
+    });
+    reader.known_flushed = until;
+    Ok((reader.into_log(found, &tip)?, problem))
+}
+
+/// The log as far as it can be followed, for those who have lost hope in the rest: with what [`read_log`] would say.
+///
+/// # Errors
+/// If the journal cannot be looked at, or the checkpoint's boundary is not in the ring.
+pub fn read_log_best(config: &JournalConfig, from: &Checkpoint) -> Result<(Log, Option<Error>)> {
+    let mut reader = Reader::new(config, from)?;
+    let (found, tip) = reader.follow_chain(from, u64::MAX);
+    let problem = match reader.look_behind_the_end(&found, &tip) {
+        Ok(()) if reader.known_flushed.0 >= tip.sequence => Some(reader.damage(&tip)),
+        Ok(()) => None,
+        Err(error) => Some(error),
+    };
+    Ok((reader.into_log(found, &tip)?, problem))
+}
+
+/// Whether the first record of a checkpoint's log is still in the ring, whole. Records are overwritten in their order: so the later ones are, too.
+#[must_use]
+pub fn holds_log_of(config: &JournalConfig, checkpoint: &Checkpoint) -> bool {
+    let reader = Reader::new(config, checkpoint);
+    reader.is_ok_and(|mut reader| !reader.follow_chain(checkpoint, checkpoint.first_replay).0.is_empty())
+}
+
+impl<'a> Reader<'a> {
+    fn new(config: &'a JournalConfig, from: &Checkpoint) -> Result<Self> {
+        let ring = Ring::new(config)?;
+        if !SEQUENCES.contains(&from.first_replay)
+            || from.first_replay_offset >= ring.bytes
+            || !from.first_replay_offset.is_multiple_of(BLOCK_BYTES)
+        {
+            let problem =
+                format!("F is record {} at byte {} of the journal", from.first_replay, from.first_replay_offset);
+            return Err(Error::corrupt(format!("checkpoint {}", from.number), problem));
+        }
+        let copies = ring.copies.iter().filter_map(|copy| {
+            let device = config.devices.get(copy.device)?;
+            Some(CopyReader::new(device.as_ref(), copy.start, ring.bytes))
+        });
+        let copies = copies.collect();
+        let known_flushed = JournalSequence(0);
+        Ok(Self { config, ring, copies, highest_epoch: from.epoch, known_flushed })
+    }
+
+    /// The records as a log, cut at the first whose data did not arrive.
+    fn into_log(self, found: Vec<(u64, Found)>, tip: &Tip) -> Result<Log> {
+        let reader = self;
+        let mut log = Log {
+            records: Vec::with_capacity(found.len()),
+            next: JournalSequence(tip.sequence),
+            offset: tip.offset,
+            previous_checksum: tip.previous_checksum,
+            highest_epoch: reader.highest_epoch,
+            known_flushed: reader.known_flushed,
+            bad_copies: Vec::new(),
+        };
+        let mut checked_bytes = 0;
+        for (offset, record) in found {
+            let header = record.header;
+            if header.sequence > log.known_flushed && !reader.data_is_there(&record, &mut checked_bytes)? {
+                log.next = header.sequence;
+                log.offset = offset;
+                log.previous_checksum = header.previous_checksum;
+                break;
+            }
+            let bad_copies =
+                record.bad_copies.iter().map(|&copy| BadCopy { record: log.records.len(), copy, offset: record.start });
+            log.bad_copies.extend(bad_copies);
+            log.records.push(LogRecord { header, payload: record.payload });
+        }
+        Ok(log)
+    }
 }
 
 impl Reader<'_> {
-    /// The unbroken chain from F: each record, with the offset where the one before ended; and what would come next.
-    fn follow_chain(&mut self, from: &Checkpoint) -> (Vec<(u64, Found)>, Tip) {
+    /// The unbroken chain from F, not beyond record `until`: each record, with the offset where the one before ended; and what would come next.
+    fn follow_chain(&mut self, from: &Checkpoint, until: u64) -> (Vec<(u64, Found)>, Tip) {
         let mut tip = Tip {
             sequence: from.first_replay,
             epoch: from.epoch,
@@ -301,7 +368,7 @@ impl Reader<'_> {
         };
         let mut found = Vec::new();
         let mut passed_bytes = 0;
-        loop {
+        while tip.sequence <= until {
             let rest = self.ring.bytes - tip.offset;
             let mut best: Option<Found> = None;
             for offset in [tip.offset, 0] {

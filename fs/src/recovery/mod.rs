@@ -10,8 +10,16 @@
 //! ```
 //! A crash anywhere in it leaves the same state to be recovered: nothing is overwritten before the new record is durable.
 //! [`crate::filesystem`] does it in this order.
+//!
+//! [`inspect_checkpoints`] says what is kept; [`choose_older`] and [`reuse_check`] are for opening an older state, [`Salvage`] for reading what is left of an image that cannot be opened.
 
+mod checkpoints;
 mod replay;
+mod salvage;
 pub mod superblock;
 
+pub use checkpoints::{
+    InspectedCheckpoint, InspectedCheckpoints, choose_log, choose_older, inspect_checkpoints, reuse_check,
+};
 pub use replay::{Replayed, replay, replay_index, replay_with_triggers};
+pub use salvage::{LostKeys, Salvage, Salvaged, present_reuse_check};

@@ -95,3 +95,14 @@ pub fn write(device: &dyn BlockDevice, superblock: &Superblock) -> Result<()> {
     }
     Ok(())
 }
+
+/// Writes one copy again, and flushes.
+///
+/// # Errors
+/// The device's.
+pub fn write_copy(device: &dyn BlockDevice, superblock: &Superblock, offset: u64) -> Result<()> {
+    let mut buffer = AlignedBuffer::zeroed(SUPERBLOCK_BYTES);
+    buffer.copy_from_slice(&superblock.encode()?);
+    device.write(offset, &buffer)?;
+    device.flush()
+}

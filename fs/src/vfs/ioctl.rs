@@ -9,6 +9,7 @@ use rustix::io::Errno;
 use super::Vfs;
 use super::caller::is_privileged;
 use super::inode::VfsInode;
+use super::scrub::IOCTL_SCRUB;
 use super::types::{Caller, IoctlReply, IoctlRequest};
 use crate::error::Result;
 use crate::format::journal::AccountingCounter;
@@ -109,6 +110,7 @@ impl Vfs {
                 self.arm(request.node, request.handle, request.input)?;
                 Ok(answer(Vec::new()))
             }
+            IOCTL_SCRUB => self.scrub_ioctl(caller, request),
             IOCTL_STATISTICS => self.statistics_page(request),
             _ => Err(Errno::NOTTY.into()),
         }
@@ -215,7 +217,7 @@ impl Vfs {
 }
 
 impl IoctlReply {
-    fn cut(mut self, output_bytes_max: u32) -> Self {
+    pub(super) fn cut(mut self, output_bytes_max: u32) -> Self {
         self.output.truncate(usize::try_from(output_bytes_max).unwrap_or(usize::MAX));
         self
     }

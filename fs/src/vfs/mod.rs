@@ -30,6 +30,7 @@ mod landing;
 mod lookup;
 mod names;
 mod ranges;
+mod scrub;
 mod size;
 mod source;
 mod splice;
@@ -43,6 +44,10 @@ use std::time::Duration;
 pub use deletion::DeletionWorker;
 pub use fallocate::{ARM_COLLAPSE, ARM_INSERT};
 pub use ioctl::{IOCTL_ARM, IOCTL_STATISTICS, IOCTL_SYNC};
+pub use scrub::{
+    IOCTL_SCRUB, SCRUB_PAGE_BYTES, ScrubAsk, ScrubControl, ScrubPage, ScrubReport, ScrubRequest, ScrubState,
+    ScrubStatus,
+};
 pub use types::*;
 pub use writeback::WritebackWorker;
 
@@ -157,6 +162,7 @@ pub struct Vfs {
     /// Held shared from before dirty blocks are taken out of the cache until the commit that replaces them; a sync takes it. Its place is behind all inodes' locks.
     replacing: RwLock<()>,
     is_shut_down: AtomicBool,
+    scrub: std::sync::OnceLock<Arc<dyn ScrubControl>>,
 }
 
 impl std::fmt::Debug for Vfs {
@@ -193,6 +199,7 @@ impl Vfs {
             landing: landing::Landing::default(),
             replacing: RwLock::ranked(LockClass::inode(u64::MAX), ()),
             is_shut_down: AtomicBool::new(false),
+            scrub: std::sync::OnceLock::new(),
         });
         // A direct read that met extents under way looks again.
         let moved_of = Arc::downgrade(&vfs);

@@ -19,6 +19,13 @@ pub(super) fn run(checker: &mut Checker<'_>) -> Result<()> {
     let reader =
         NodeReader::new(Arc::clone(&superblock), filesystem.devices().to_vec(), Arc::clone(filesystem.metrics()));
     let opening = reader.choose_checkpoint()?;
+    for passed in opening.passed_over.iter().filter(|passed| passed.is_damage) {
+        checker.report(Problem::CheckpointDamaged {
+            number: passed.number,
+            used: opening.newest.number,
+            reason: passed.reason.clone(),
+        });
+    }
     let bucket_bytes = u64::from(superblock.geometry.bucket_bytes);
     let node_bytes = u64::from(superblock.geometry.node_bytes);
     let mut reachable = Slots::new();

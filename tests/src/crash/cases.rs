@@ -70,8 +70,9 @@ impl Recording {
             Some(lost) => {
                 // As it was just before the write that is lost.
                 let earliest = self.copies(lost).into_iter().min().unwrap_or(lost);
-                let after =
-                    self.moments.partition_point(|moment| moment.flushed + moment.snapshot.unflushed().len() <= earliest);
+                let after = self
+                    .moments
+                    .partition_point(|moment| moment.flushed + moment.snapshot.unflushed().len() <= earliest);
                 let before = self.moments.get(after.saturating_sub(1))?;
                 Oracle::OlderOrRefusal { first: before.model, last: moment.model }
             }

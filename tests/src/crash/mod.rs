@@ -308,11 +308,7 @@ pub fn image_after(
     opener.image(cut).map_err(|problem| failure_after(&opener, workload, cut.clone(), problem))
 }
 
-fn recorded(
-    subject: &dyn Subject,
-    workload: &[Operation],
-    options: &CrashOptions,
-) -> Result<Recording, Box<Failure>> {
+fn recorded(subject: &dyn Subject, workload: &[Operation], options: &CrashOptions) -> Result<Recording, Box<Failure>> {
     record(subject, workload, options).map_err(|(problem, number)| {
         Box::new(Failure {
             problem,

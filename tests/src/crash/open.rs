@@ -2,8 +2,8 @@
 
 use std::sync::{Arc, Mutex};
 
-use coppicefs::device::{Image, PlanOptions, SimDevice, Snapshot};
 use coppicefs::Error;
+use coppicefs::device::{Image, PlanOptions, SimDevice, Snapshot};
 
 use super::cases::{Case, Oracle};
 use super::cut::Cut;
@@ -156,9 +156,8 @@ impl Opener<'_> {
                 }
                 lock(report).recovery_images += 1;
                 let shown = self.open_image(&self.device(image), None);
-                self.judge(&case.oracle, shown).map_err(|problem| {
-                    (Cut { second: Some((boundary, plan)), ..case.cut.clone() }, problem)
-                })?;
+                self.judge(&case.oracle, shown)
+                    .map_err(|problem| (Cut { second: Some((boundary, plan)), ..case.cut.clone() }, problem))?;
             }
         }
         Ok(())
@@ -168,8 +167,10 @@ impl Opener<'_> {
     fn check(&self, image: &Image, when: &str) -> Result<(), Trouble> {
         let hash = image.content_hash();
         let device = self.device(image.clone());
-        let findings =
-            self.subject.check(&device).map_err(|error| Trouble::of(&format!("checking {when} failed"), &error).early())?;
+        let findings = self
+            .subject
+            .check(&device)
+            .map_err(|error| Trouble::of(&format!("checking {when} failed"), &error).early())?;
         if !findings.is_empty() {
             let problem = format!("the check {when} found: {}", findings.join("; "));
             return Err(Trouble { problem, is_refusal: true, is_early: false });
@@ -181,26 +182,22 @@ impl Opener<'_> {
     }
 
     /// Checks, mounts, reads, unmounts, checks, and mounts again. The boundaries of the first mount go to `inside`.
-    fn open_image(
-        &self,
-        device: &Arc<SimDevice>,
-        inside: Option<&Arc<Mutex<Vec<Snapshot>>>>,
-    ) -> Result<Tree, Trouble> {
+    fn open_image(&self, device: &Arc<SimDevice>, inside: Option<&Arc<Mutex<Vec<Snapshot>>>>) -> Result<Tree, Trouble> {
         let subject = self.subject;
         let seed = self.mount_seed(device);
         self.check(&device.image(), "before recovery")?;
         if let Some(inside) = inside {
             watch_into(device, inside);
         }
-        let mut mounted = subject.mount(device, seed).map_err(|error| Trouble::of("mounting failed", &error).early())?;
+        let mut mounted =
+            subject.mount(device, seed).map_err(|error| Trouble::of("mounting failed", &error).early())?;
         let shown = mounted.tree().map_err(|error| Trouble::of("reading everything failed", &error))?;
         mounted.unmount().map_err(|error| Trouble::of("unmounting failed", &error))?;
         device.clear_hook();
         self.check(&device.image(), "after recovery")?;
         // What recovery showed is durable: had the power gone now, with everything unflushed lost, it would still be there.
         let device = self.device(device.snapshot().durable().clone());
-        let mut mounted =
-            subject.mount(&device, seed).map_err(|error| Trouble::of("mounting again failed", &error))?;
+        let mut mounted = subject.mount(&device, seed).map_err(|error| Trouble::of("mounting again failed", &error))?;
         let again = mounted.tree().map_err(|error| Trouble::of("reading everything again failed", &error))?;
         mounted.unmount().map_err(|error| Trouble::of("unmounting again failed", &error))?;
         if shown != again {

@@ -43,7 +43,9 @@ fn perform(arguments: &Arguments) -> Result<bool> {
     let chosen = arguments.chosen()?;
     match arguments.only_cut() {
         Some(cut) => {
-            let [workload] = chosen.as_slice() else { anyhow::bail!("--cut is for one workload: name it by --workload") };
+            let [workload] = chosen.as_slice() else {
+                anyhow::bail!("--cut is for one workload: name it by --workload")
+            };
             let options = arguments.options(workload, 1);
             if let Some(path) = &arguments.image {
                 let image = match image_after(&subject, &workload.operations, &options, &cut) {
@@ -232,7 +234,8 @@ fn shrunk(arguments: &Arguments, subject: &Coppice, workload: &Named, failure: &
     }
     let folder = std::env::temp_dir().join("coppice-crash");
     std::fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
-    let name: String = workload.name.chars().map(|letter| if letter.is_alphanumeric() { letter } else { '-' }).collect();
+    let name: String =
+        workload.name.chars().map(|letter| if letter.is_alphanumeric() { letter } else { '-' }).collect();
     let path = folder.join(format!("shrunk-{name}-{}.json", options.seed));
     std::fs::write(&path, serde_json::to_vec_pretty(&operations)?)
         .with_context(|| format!("writing {}", path.display()))?;
