@@ -11,10 +11,15 @@ mod orphans;
 mod superblock;
 mod xattrs;
 
+pub(crate) use dirents::is_possible;
+pub(crate) use extents::backpointer_place;
+pub(crate) use xattrs::is_possible_xattr;
+
 use std::time::Instant;
 
 use coppicefs::filesystem::Filesystem;
 use coppicefs::format::{BtreeId, Position, Value};
+use coppicefs::units::{InodeNumber, SnapshotId};
 use coppicefs::{Error, Result};
 
 use crate::problem::Problem;
@@ -132,6 +137,24 @@ impl Checker<'_> {
         Ok(())
     }
 
+    /// Whether a file's key can stand there.
+    fn is_place(&self, position: Position) -> bool {
+        position.snapshot == SnapshotId::ROOT.0 && (1..=InodeNumber::MAX.0).contains(&position.inode)
+    }
+
+    fn misplaced(&mut self, btree: BtreeId, position: Position) {
+        self.undecodable(btree, position, &"no file has a key there");
+    }
+
+    /// A directory hangs below another than was thought first.
+    fn move_subdirectory(&mut self, from: u64, to: u64) {
+        for (directory, change) in [(from, -1), (to, 1)] {
+            if let Some(facts) = self.state.inodes.get_mut(&directory) {
+                facts.subdirectories = facts.subdirectories.saturating_add_signed(change);
+            }
+        }
+    }
+
     fn undecodable(&mut self, btree: BtreeId, position: Position, error: &dyn std::fmt::Display) {
         self.report(Problem::KeyUndecodable { btree, position, reason: error.to_string() });
     }
@@ -164,6 +187,8 @@ pub fn check(filesystem: &Filesystem, progress: OnProgress<'_>) -> Result<Report
         }
         report.data_bytes += checker.data_bytes;
         state = checker.state;
+        report.known_in_use.buckets.append(&mut state.in_use_buckets);
+        report.known_in_use.slots = report.known_in_use.slots.take().or(state.in_use_slots.take());
     }
     Ok(report)
 }

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
+use coppicefs::btree::UsedSlots;
 use coppicefs::format::Position;
 use coppicefs::format::namespace::FileType;
 use coppicefs::format::space::Bucket;
@@ -52,6 +53,12 @@ pub struct State {
     pub lost: HashMap<u8, Vec<(Position, Position)>>,
     /// Physical ranges of extents: device, offset, bytes, the key, and whether the frame may be shared by parts of it.
     pub physical: Vec<PhysicalRange>,
+    /// Generations of buckets that have no key: the newest that a pointer has.
+    pub generations: BTreeMap<(u8, u64), u32>,
+    /// Buckets that hold something although their keys say otherwise.
+    pub in_use_buckets: Vec<(u8, u64)>,
+    /// All slots of nodes, with the checkpoint's number, if the node-space map says otherwise.
+    pub in_use_slots: Option<(u64, Vec<UsedSlots>)>,
     /// Counters as recomputed.
     pub totals: HashMap<u16, i64>,
     /// Backpointers that ought to exist.
@@ -69,8 +76,8 @@ pub struct PhysicalRange {
     pub bytes: u32,
     /// The extent's key.
     pub position: Position,
-    /// Parts of one compressed frame share its bytes.
-    pub compressed: bool,
+    /// Parts of one compressed frame share its bytes: offset of this one in the decoded frame, and its length.
+    pub part: Option<(u32, u32)>,
 }
 
 impl State {

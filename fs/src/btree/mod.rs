@@ -26,6 +26,7 @@ mod merge;
 mod node;
 mod node_space;
 mod reader;
+mod repair;
 mod run;
 mod serialise;
 mod structure;
@@ -58,6 +59,7 @@ pub use checkpoint::{CheckpointOutcome, CheckpointReason};
 pub use locking::LockedLeaves;
 pub use log::{CheckpointLog, LogBoundary};
 pub use reader::NodeReader;
+pub use repair::UsedSlots;
 pub use walk::{PublishedNode, walk_published};
 
 use cache::NodeCache;

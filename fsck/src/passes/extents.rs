@@ -3,14 +3,16 @@
 //! backpointer is left over. Collects: bytes by bucket and by inode, and the totals of data.
 
 use coppicefs::Result;
+use coppicefs::data::extents::allocated_bytes;
 use coppicefs::format::extent::{DataExtent, ExtentPointer, ExtentValue};
 use coppicefs::format::journal::AccountingCounter;
 use coppicefs::format::namespace::FileType;
-use coppicefs::format::space::{Backpointer, Bucket};
+use coppicefs::format::space::{Backpointer, Bucket, BucketState};
 use coppicefs::format::superblock::{Geometry, Superblock};
 use coppicefs::format::{BtreeId, CompressionKind, Position};
 use rayon::prelude::*;
 
+use super::buckets::bucket_at;
 use super::{Checker, unless_damaged};
 use crate::problem::Problem;
 use crate::state::PhysicalRange;
@@ -19,11 +21,26 @@ pub(super) fn run(checker: &mut Checker<'_>) -> Result<()> {
     load_buckets(checker)?;
     let mut previous: Option<Position> = None;
     checker.for_each_batch(BtreeId::Extents, |checker, keys| {
-        let decoded: Vec<_> =
-            keys.into_par_iter().map(|(position, value)| (position, ExtentValue::decode(&value))).collect();
-        for (position, extent) in decoded {
+        let shape = checker.filesystem.data().shape();
+        let decoded: Vec<_> = keys
+            .into_par_iter()
+            .map(|(position, value)| {
+                let extent = ExtentValue::decode(&value);
+                let problem = extent.as_ref().ok().and_then(|extent| shape.problem(position.offset, extent));
+                (position, extent, problem)
+            })
+            .collect();
+        for (position, extent, problem) in decoded {
             match extent {
-                Ok(extent) => check_extent(checker, position, &extent, &mut previous)?,
+                Ok(extent) => {
+                    let before = checker.problems.len();
+                    check_extent(checker, position, &extent, &mut previous)?;
+                    let is_new =
+                        checker.problems.get(before..).is_some_and(|new| !new.iter().any(Problem::is_of_extent));
+                    if let Some(reason) = problem.filter(|_| is_new) {
+                        checker.report(Problem::ExtentMisplaced { position, reason });
+                    }
+                }
                 Err(error) => checker.undecodable(BtreeId::Extents, position, &error),
             }
         }
@@ -37,10 +54,13 @@ pub(super) fn run(checker: &mut Checker<'_>) -> Result<()> {
 fn load_buckets(checker: &mut Checker<'_>) -> Result<()> {
     checker.for_each_batch(BtreeId::Buckets, |checker, keys| {
         for (position, value) in keys {
-            let device = u8::try_from(position.inode).unwrap_or(u8::MAX);
+            let Some(key) = bucket_at(checker, position) else {
+                checker.report(Problem::IndexKeyStray { btree: BtreeId::Buckets, position });
+                continue;
+            };
             match Bucket::decode(&value) {
                 Ok(bucket) => {
-                    checker.state.stored_buckets.insert((device, position.offset), bucket);
+                    checker.state.stored_buckets.insert(key, bucket);
                 }
                 Err(error) => checker.undecodable(BtreeId::Buckets, position, &error),
             }
@@ -55,70 +75,81 @@ fn check_extent(
     extent: &ExtentValue,
     previous: &mut Option<Position>,
 ) -> Result<()> {
+    if !checker.is_place(position) {
+        checker.misplaced(BtreeId::Extents, position);
+        return Ok(());
+    }
     let length = extent.length();
     let Some(start) = position.offset.checked_sub(length) else {
         checker.report(Problem::ExtentMisplaced { position, reason: format!("it is {length} bytes long") });
         return Ok(());
     };
     if let Some(before) = previous.replace(position)
-        && (before.inode, before.snapshot) == (position.inode, position.snapshot)
+        && before.inode == position.inode
         && before.offset > start
     {
         checker.report(Problem::ExtentOverlap { position, previous_end: before.offset });
     }
-    let block = u64::from(checker.filesystem.superblock().geometry.block_bytes);
-    let aligned = start.is_multiple_of(block) && length.is_multiple_of(block);
-    let held = match extent {
-        ExtentValue::Inline(_) if start != 0 => {
-            checker.report(Problem::ExtentMisplaced { position, reason: "inline data that starts later".into() });
-            length
-        }
-        ExtentValue::Inline(_) => {
-            checker.state.count(AccountingCounter::InlineBytes, i64::try_from(length).unwrap_or(i64::MAX));
-            length
-        }
-        ExtentValue::Whiteout { .. } => 0,
-        _ if !aligned => {
-            checker.report(Problem::ExtentMisplaced { position, reason: "it is not made of whole blocks".into() });
-            length
-        }
-        ExtentValue::Unwritten { .. } => {
-            checker.state.count(AccountingCounter::ReservedBytes, i64::try_from(length).unwrap_or(i64::MAX));
-            length
-        }
-        ExtentValue::Data(data) => check_data(checker, position, data)?,
+    let count = |checker: &mut Checker<'_>, counter| {
+        checker.state.count(counter, i64::try_from(length).unwrap_or(i64::MAX));
     };
+    match extent {
+        ExtentValue::Inline(_) => count(checker, AccountingCounter::InlineBytes),
+        ExtentValue::Unwritten { .. } => count(checker, AccountingCounter::ReservedBytes),
+        ExtentValue::Whiteout { .. } => {}
+        ExtentValue::Data(data) => check_data(checker, position, data)?,
+    }
     match checker.state.inodes.get_mut(&position.inode) {
         Some(facts) if matches!(facts.file_type, Some(FileType::Regular | FileType::Symlink) | None) => {
-            facts.found_bytes += held;
+            facts.found_bytes += allocated_bytes(extent);
         }
         _ => checker.report(Problem::ExtentWithoutInode { position }),
     }
     Ok(())
 }
 
-/// Returns the bytes that the inode holds by this extent.
-fn check_data(checker: &mut Checker<'_>, position: Position, data: &DataExtent) -> Result<u64> {
+fn check_data(checker: &mut Checker<'_>, position: Position, data: &DataExtent) -> Result<()> {
     let charged = u64::from(data.charged_bytes());
     checker.data_bytes += charged;
     let signed = |bytes: u32| i64::from(bytes);
+    let mut problem = None;
     for pointer in &data.pointers {
         checker.state.count(AccountingCounter::DataBytes, signed(data.charged_bytes()));
-        check_pointer(checker, position, data, *pointer)?;
+        match wrong_place(checker, data, pointer) {
+            None => check_pointer(checker, position, data, *pointer)?,
+            Some(reason) => problem = Some(Problem::ExtentPointer { position, reason }),
+        }
     }
     if data.compression != CompressionKind::None {
         checker.state.count(AccountingCounter::CompressedLogicalBytes, signed(data.length));
         checker.state.count(AccountingCounter::CompressedDiskBytes, signed(data.charged_bytes()));
     }
-    let block = checker.filesystem.superblock().geometry.block_bytes;
-    if data.compression == CompressionKind::None
-        && !data.checksums.is_empty()
-        && data.checksums.len() as u64 != u64::from(data.length / block)
-    {
-        let reason = format!("{} checksums for {} bytes", data.checksums.len(), data.length);
-        checker.report(Problem::ExtentMisplaced { position, reason });
+    if let Some(problem) = problem {
+        checker.report(problem);
     }
-    Ok(charged)
+    Ok(())
+}
+
+/// Why data cannot be where a pointer says.
+fn wrong_place(checker: &Checker<'_>, data: &DataExtent, pointer: &ExtentPointer) -> Option<String> {
+    let superblock = checker.filesystem.superblock();
+    let bucket_bytes = u64::from(superblock.geometry.bucket_bytes);
+    let bucket = pointer.offset / bucket_bytes;
+    let device = pointer.device.0;
+    let buckets = superblock.members.get(usize::from(device)).map_or(0, |member| member.bucket_count);
+    let within = pointer.offset % bucket_bytes;
+    let is_place = bucket < buckets
+        && !superblock.is_reserved(device, bucket)
+        && within.is_multiple_of(u64::from(superblock.geometry.block_bytes))
+        && within + u64::from(data.disk_bytes) <= bucket_bytes;
+    if !is_place {
+        return Some(format!("byte {} of device {device} is no place for {} bytes", pointer.offset, data.disk_bytes));
+    }
+    let key = (device, bucket);
+    let state = checker.state.stored_buckets.get(&key).map(|stored| stored.state);
+    let nodes = checker.state.metadata_buckets.get(&key);
+    let holds_nodes = nodes.is_some_and(|slots| *slots != 0 || state == Some(BucketState::Metadata));
+    holds_nodes.then(|| format!("bucket {bucket} of device {device} holds nodes of the trees"))
 }
 
 fn check_pointer(
@@ -128,32 +159,25 @@ fn check_pointer(
     pointer: ExtentPointer,
 ) -> Result<()> {
     let superblock = checker.filesystem.superblock();
-    let bucket_bytes = u64::from(superblock.geometry.bucket_bytes);
-    let bucket = pointer.offset / bucket_bytes;
-    let device = pointer.device.0;
-    let buckets = superblock.members.get(usize::from(device)).map_or(0, |member| member.bucket_count);
-    let within = pointer.offset % bucket_bytes;
-    if bucket >= buckets || superblock.is_reserved(device, bucket) || within + u64::from(data.disk_bytes) > bucket_bytes
-    {
-        let reason = format!("byte {} of device {device} is no place for {} bytes", pointer.offset, data.disk_bytes);
-        checker.report(Problem::ExtentPointer { position, reason });
-        return Ok(());
-    }
-    *checker.state.data_buckets.entry((device, bucket)).or_default() += u64::from(data.charged_bytes());
-    let stored = checker.state.stored_buckets.get(&(device, bucket)).copied().unwrap_or(Bucket::UNUSED);
-    if stored.generation != pointer.generation {
-        checker.report(Problem::ExtentStale {
-            position,
-            pointer_generation: pointer.generation,
-            bucket_generation: stored.generation,
-        });
+    let key = (pointer.device.0, pointer.offset / u64::from(superblock.geometry.bucket_bytes));
+    *checker.state.data_buckets.entry(key).or_default() += u64::from(data.charged_bytes());
+    match checker.state.stored_buckets.get(&key) {
+        Some(stored) if stored.generation != pointer.generation => {
+            let (pointer_generation, bucket_generation) = (pointer.generation, stored.generation);
+            checker.report(Problem::ExtentStale { position, pointer_generation, bucket_generation });
+        }
+        Some(_) => {}
+        None => {
+            let newest = checker.state.generations.entry(key).or_default();
+            *newest = (*newest).max(pointer.generation);
+        }
     }
     checker.state.physical.push(PhysicalRange {
-        device,
+        device: key.0,
         offset: pointer.offset,
         bytes: data.disk_bytes,
         position,
-        compressed: data.compression != CompressionKind::None,
+        part: (data.compression != CompressionKind::None).then_some((data.frame_offset, data.length)),
     });
     checker.state.backpointers_expected += 1;
     let place = backpointer_place(superblock, position, data, &pointer);
@@ -187,19 +211,35 @@ fn check_inode_bytes(checker: &mut Checker<'_>) {
 fn check_shared_space(checker: &mut Checker<'_>) {
     let mut physical = std::mem::take(&mut checker.state.physical);
     physical.par_sort_unstable();
-    for pair in physical.windows(2) {
-        let [first, second] = pair else { continue };
-        let overlap = first.device == second.device && first.offset + u64::from(first.bytes) > second.offset;
-        let one_frame =
-            first.compressed && second.compressed && first.offset == second.offset && first.bytes == second.bytes;
-        if overlap && !one_frame {
+    // The range that reaches furthest so far.
+    let mut furthest: Option<PhysicalRange> = None;
+    for range in physical {
+        if let Some(other) = furthest.filter(|other| share_space(other, &range)) {
             checker.report(Problem::ExtentsShareSpace {
-                position: second.position,
-                other: first.position,
-                device: second.device,
-                offset: second.offset,
+                position: range.position,
+                other: other.position,
+                device: range.device,
+                offset: range.offset,
             });
         }
+        let end = |range: &PhysicalRange| (range.device, range.offset + u64::from(range.bytes));
+        if furthest.is_none_or(|other| end(&range) >= end(&other)) {
+            furthest = Some(range);
+        }
+    }
+}
+
+/// Whether two ranges overlap, other than as different parts of one compressed frame. The first starts no later.
+fn share_space(first: &PhysicalRange, second: &PhysicalRange) -> bool {
+    if first.device != second.device || first.offset + u64::from(first.bytes) <= second.offset {
+        return false;
+    }
+    match (first.part, second.part) {
+        (Some(one), Some(other)) if (first.offset, first.bytes) == (second.offset, second.bytes) => {
+            u64::from(one.0) + u64::from(one.1) > u64::from(other.0)
+                && u64::from(other.0) + u64::from(other.1) > u64::from(one.0)
+        }
+        _ => true,
     }
 }
 
@@ -241,7 +281,7 @@ fn wrong_backpointer(checker: &Checker<'_>, place: Position, value: &[u8]) -> Re
 }
 
 /// Where the backpointer of one copy of an extent stands: by the format's document, not by the code that writes it.
-fn backpointer_place(
+pub(crate) fn backpointer_place(
     superblock: &Superblock,
     position: Position,
     data: &DataExtent,

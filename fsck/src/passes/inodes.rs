@@ -16,9 +16,9 @@ pub(super) fn run(checker: &mut Checker<'_>) -> Result<()> {
         for (position, inode) in decoded {
             checker.state.count(AccountingCounter::Inodes, 1);
             let inode = match inode {
-                Ok(inode) if position.offset == 0 => inode,
+                Ok(inode) if position.offset == 0 && checker.is_place(position) => inode,
                 Ok(_) => {
-                    checker.undecodable(BtreeId::Inodes, position, &"an inode at an offset");
+                    checker.misplaced(BtreeId::Inodes, position);
                     continue;
                 }
                 Err(error) => {

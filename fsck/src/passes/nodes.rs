@@ -38,15 +38,25 @@ pub(super) fn run(checker: &mut Checker<'_>) -> Result<()> {
     let mut keys: Vec<_> = reachable.keys().chain(recorded.keys()).copied().collect();
     keys.sort_unstable();
     keys.dedup();
+    let mut used = Vec::new();
+    let mut differs = false;
     for key in keys {
         let (device, bucket) = key;
         let recorded = recorded.get(&key).copied().unwrap_or(0);
         let reachable = reachable.get(&key).copied().unwrap_or(0);
         checker.state.metadata_buckets.insert(key, reachable);
+        // What cannot be reached below a lost node is kept all the same.
+        let is_complete = checker.state.lost.is_empty();
+        let in_use = if is_complete { reachable } else { reachable | recorded };
+        differs |= in_use != recorded;
+        used.push((device, bucket, in_use));
         // Below a lost interior node everything looks unreachable: then the map is all that is known.
-        if recorded != reachable && checker.state.lost.is_empty() {
+        if recorded != reachable && is_complete {
             checker.report(Problem::NodeMap { device, bucket, recorded, reachable });
         }
+    }
+    if differs {
+        checker.state.in_use_slots = Some((opening.newest.number, used));
     }
     Ok(())
 }
