@@ -8,12 +8,14 @@ use clap::Args;
 use coppicefs::btree::NodeReader;
 use coppicefs::device::{BlockDevice, FileOptions};
 use coppicefs::filesystem::{Filesystem, KnownInUse, OpenOptions, WorkerSet};
+use coppicefs::format::journal::AccountingCounter;
 use coppicefs::recovery::superblock;
 use coppicefs::{Error, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::damaged::Damaged;
 use crate::overlay::Overlay;
+use crate::passes::{CheckOptions, Progress};
 use crate::problem::{Problem, Severity};
 use crate::repair::Loss;
 use crate::report::{Report, Summary};
@@ -56,14 +58,32 @@ pub struct Arguments {
     /// The report as JSON on standard output
     #[arg(long)]
     pub json: bool,
-    /// Show a progress bar
+    /// Show a progress bar, with an estimate of the time left
     #[arg(short = 'C', long)]
     pub progress: bool,
+    /// Memory for what grows with the number of inodes, and for the nodes that are cached (512M): with less, names are looked at several times. 8
+    /// bytes for each inode, 16 more for each directory and 100 for each bucket in use come on top
+    #[arg(long, value_name = "SIZE", value_parser = parse_memory, default_value = "512M")]
+    pub memory: u64,
     /// Read all file data, list the ranges of files that cannot be read, and do nothing else
     #[arg(long, conflicts_with_all = ["preen", "yes"])]
     pub list_damaged: bool,
     /// Image file or disk
     pub target: PathBuf,
+}
+
+/// Fewest bytes that `--memory` takes: nodes of a transaction must fit.
+const MEMORY_BYTES_MIN: u64 = 16 << 20;
+
+fn parse_memory(text: &str) -> std::result::Result<u64, String> {
+    let bytes = parse_size::Config::new().with_binary().parse_size(text).map_err(|error| error.to_string())?;
+    if bytes < MEMORY_BYTES_MIN {
+        return Err(format!(
+            "{text} is too little: at least {}",
+            humansize::format_size(MEMORY_BYTES_MIN, humansize::BINARY)
+        ));
+    }
+    Ok(bytes)
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -149,7 +169,7 @@ fn run_checked(arguments: &Arguments, target: &str) -> Result<u8> {
     let options = FileOptions { read_only: mode == Mode::NoChanges, ..FileOptions::default() };
     let device: Arc<dyn BlockDevice> = Arc::new(Filesystem::open_device_waiting(&arguments.target, &options)?);
     // Looked at first with nothing written: what is found to be in use is known before anything is.
-    let filesystem = match open(&device, true, KnownInUse::default()) {
+    let filesystem = match open(arguments, &device, true, KnownInUse::default()) {
         Ok(filesystem) => filesystem,
         Err(error) if error.is_media_error() => return Ok(unopenable(arguments, target, &device, &error)),
         Err(error) => return Err(error),
@@ -169,13 +189,13 @@ fn run_checked(arguments: &Arguments, target: &str) -> Result<u8> {
     closed?;
     if report.is_clean() {
         if mode != Mode::NoChanges && !was_closed {
-            open(&device, false, KnownInUse::default())?.close()?;
+            open(arguments, &device, false, KnownInUse::default())?.close()?;
         }
         print_report(arguments, target, mode, &Outcome { report, ..Outcome::default() }, &[], EXIT_CLEAN);
         return Ok(EXIT_CLEAN);
     }
     let device = if mode == Mode::NoChanges { Arc::new(Overlay::new(device)) as _ } else { device };
-    let filesystem = open(&device, false, report.known_in_use.clone())?;
+    let filesystem = open(arguments, &device, false, report.known_in_use.clone())?;
     let outcome = rounds(arguments, target, mode, &filesystem, report);
     let lost = outcome.as_ref().map_or(Ok(Vec::new()), |outcome| lost(&filesystem, outcome));
     let closed = filesystem.close();
@@ -198,8 +218,20 @@ fn exit_code(mode: Mode, outcome: &Outcome) -> u8 {
     }
 }
 
-fn open(device: &Arc<dyn BlockDevice>, read_only: bool, known_in_use: KnownInUse) -> Result<Arc<Filesystem>> {
-    let options = OpenOptions { read_only, workers: WorkerSet::Essential, known_in_use, ..OpenOptions::default() };
+fn open(
+    arguments: &Arguments,
+    device: &Arc<dyn BlockDevice>,
+    read_only: bool,
+    known_in_use: KnownInUse,
+) -> Result<Arc<Filesystem>> {
+    let options = OpenOptions {
+        read_only,
+        workers: WorkerSet::Essential,
+        known_in_use,
+        // A quarter of it is for nodes.
+        cache_bytes: passes::node_cache_bytes(arguments.memory).saturating_mul(4),
+        ..OpenOptions::default()
+    };
     Filesystem::open(vec![Arc::clone(device)], &options)
 }
 
@@ -247,7 +279,7 @@ fn lost(filesystem: &Filesystem, outcome: &Outcome) -> Result<Vec<Damaged>> {
 }
 
 fn list_damaged(arguments: &Arguments, target: &str, filesystem: &Filesystem) -> Result<u8> {
-    let bar = bar(arguments, filesystem.usage().data_bytes, "{bar:30} {bytes} [{elapsed}, {eta} left]");
+    let bar = bar(arguments, logical_bytes(filesystem), "{bar:30} {bytes} of {total_bytes} [{elapsed}, {eta} left]");
     let outcome = damaged::find(filesystem, &|bytes| bar.inc(bytes));
     bar.finish_and_clear();
     let (damaged, read_bytes) = outcome?;
@@ -273,6 +305,18 @@ fn list_damaged(arguments: &Arguments, target: &str, filesystem: &Filesystem) ->
     Ok(code)
 }
 
+/// Bytes of file data that reading all of it will read: of compressed data what it is when it is decoded.
+fn logical_bytes(filesystem: &Filesystem) -> u64 {
+    let totals = filesystem.totals();
+    let [stored, logical, disk] = [
+        AccountingCounter::DataBytes,
+        AccountingCounter::CompressedLogicalBytes,
+        AccountingCounter::CompressedDiskBytes,
+    ]
+    .map(|counter| u64::try_from(totals.get(counter)).unwrap_or(0));
+    stored.saturating_add(logical).saturating_sub(disk)
+}
+
 /// A progress bar, hidden unless it is asked for.
 fn bar(arguments: &Arguments, length: u64, template: &str) -> ProgressBar {
     if !arguments.progress || arguments.quiet {
@@ -286,10 +330,13 @@ fn bar(arguments: &Arguments, length: u64, template: &str) -> ProgressBar {
 }
 
 fn check_with_progress(arguments: &Arguments, filesystem: &Filesystem) -> Result<Report> {
-    let bar = bar(arguments, passes::PASSES.len() as u64, "{bar:30} pass {pos}/{len} {msg} [{elapsed}]");
-    let report = passes::check(filesystem, &|number, _, name, examined| {
-        bar.set_position(number as u64);
-        bar.set_message(format!("{name}: {examined}"));
+    let template = "{bar:30} {percent}% {msg} [{elapsed}, {eta} left]";
+    let bar = bar(arguments, 0, template);
+    let options = CheckOptions { memory_bytes: arguments.memory };
+    let report = passes::check_with(filesystem, &options, &|at: Progress| {
+        bar.set_length(at.total);
+        bar.set_position(at.done);
+        bar.set_message(at.name);
     });
     bar.finish_and_clear();
     report

@@ -20,7 +20,7 @@ pub mod report;
 pub mod session;
 pub mod state;
 
-pub use passes::check;
+pub use passes::{CheckOptions, check, check_with};
 pub use problem::{Problem, Severity};
 pub use report::Report;
 pub use session::repair_all;

@@ -9,7 +9,7 @@ use crate::damaged::Damaged;
 use crate::problem::{Problem, Severity};
 
 /// One pass that was run.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct PassReport {
     /// Its name.
     pub name: &'static str,
@@ -32,6 +32,11 @@ pub struct Report {
     pub data_bytes: u64,
     /// What must not be written over by a repair, although the trees allow it.
     pub known_in_use: KnownInUse,
+    /// Windows of inode numbers that the passes over names ran for.
+    pub windows: usize,
+    /// Most bytes that the tables of inodes took.
+    pub tables_peak_bytes: u64,
+    pub(crate) keys_of_windows: u64,
 }
 
 /// What a run came to, beside its first check's report.

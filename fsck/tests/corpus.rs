@@ -15,7 +15,8 @@ use cases::{CASES, Case, LOST_LEAVES};
 use coppicefs::device::Image;
 use coppicefs::format::BtreeId;
 use coppicefs_fsck::problem::IDS;
-use coppicefs_fsck::{Report, check};
+use coppicefs_fsck::state::FACTS_BYTES;
+use coppicefs_fsck::{CheckOptions, Report, check, check_with};
 use ground::{Ground, ROOT, Shown, changed_inodes, device_of, keys, open, shown};
 
 static GROUND: LazyLock<Ground> = LazyLock::new(Ground::made);
@@ -220,4 +221,43 @@ fn lost_leaves() {
             assert_eq!(whole, ground.shown.len(), "{tree}: {said}");
         }
     }
+}
+
+/// With little memory the names are looked at several times, and what is found is the same.
+#[test]
+fn windows_of_inodes_find_the_same() {
+    let ground = &*GROUND;
+    let options = CheckOptions { memory_bytes: 0 };
+    for case in CASES.iter().filter(|case| !case.takes_rebuild) {
+        let name = name_of(case);
+        let filesystem = open(&device_of(&case.image(ground)), true).unwrap();
+        let at_once = check(&filesystem, &|_, _, _, _| {}).unwrap();
+        let furthest = std::sync::Mutex::new((0, 0));
+        let bounded = check_with(&filesystem, &options, &|at| {
+            let mut furthest = furthest.lock().unwrap();
+            assert!(at.done >= furthest.0 && at.done <= at.total, "{name}: {at:?}");
+            *furthest = (at.done, at.total);
+        })
+        .unwrap();
+        filesystem.close().unwrap();
+        assert!(at_once.windows == 1 && bounded.windows >= 4, "{} and {} windows", at_once.windows, bounded.windows);
+        let inodes = at_once.inode_counts.iter().sum::<u64>();
+        let index = 24 * inodes;
+        assert!(bounded.tables_peak_bytes <= index + 64 * FACTS_BYTES, "{} bytes", bounded.tables_peak_bytes);
+        assert!(at_once.tables_peak_bytes >= (inodes - 2) * FACTS_BYTES, "{} bytes", at_once.tables_peak_bytes);
+        let said = |report: &Report| -> BTreeSet<String> {
+            report.problems.iter().map(|problem| format!("{}: {}", problem.id(), problem.describe())).collect()
+        };
+        assert_eq!(said(&bounded), said(&at_once), "{name}");
+        let (done, total) = *furthest.lock().unwrap();
+        assert!(done * 10 >= total * 9, "{name}: it ended at {done} of {total}");
+    }
+}
+
+#[test]
+fn little_memory_is_refused() {
+    let output =
+        Command::new(env!("CARGO_BIN_EXE_fsck-coppice")).args(["--memory", "1K", "/nothing"]).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.code() == Some(16) && said.contains("at least 16 MiB"), "{said}");
 }

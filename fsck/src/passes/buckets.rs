@@ -26,7 +26,7 @@ pub(super) fn run(checker: &mut Checker<'_>) -> Result<()> {
     keys.extend(&free);
     keys.extend(&need_discard);
     for (device, bucket) in keys {
-        checker.examined += 1;
+        checker.examine(1);
         check_bucket(checker, (device, bucket), &free, &need_discard);
     }
     check_untouched(checker, &free)

@@ -1,6 +1,6 @@
 //! Checks: extents decode, belong to a file, follow each other without overlap, are aligned, point into buckets that may hold
-//! data with the bucket's generation, share no space but within one compressed frame, and have a backpointer each; and that no
-//! backpointer is left over. Collects: bytes by bucket and by inode, and the totals of data.
+//! data with the bucket's generation, and have a backpointer each. Collects: bytes by bucket and by inode, the totals of data, and the extents whose
+//! backpointer is not there.
 
 use coppicefs::Result;
 use coppicefs::data::extents::allocated_bytes;
@@ -8,19 +8,21 @@ use coppicefs::format::extent::{DataExtent, ExtentPointer, ExtentValue};
 use coppicefs::format::journal::AccountingCounter;
 use coppicefs::format::namespace::FileType;
 use coppicefs::format::space::{Backpointer, Bucket, BucketState};
-use coppicefs::format::superblock::{Geometry, Superblock};
 use coppicefs::format::{BtreeId, CompressionKind, Position};
 use rayon::prelude::*;
 
+use super::backpointers::backpointer_place;
 use super::buckets::bucket_at;
 use super::{Checker, unless_damaged};
 use crate::problem::Problem;
 use crate::state::PhysicalRange;
 
 pub(super) fn run(checker: &mut Checker<'_>) -> Result<()> {
-    load_buckets(checker)?;
+    if !std::mem::replace(&mut checker.state.has_buckets, true) {
+        load_buckets(checker)?;
+    }
     let mut previous: Option<Position> = None;
-    checker.for_each_batch(BtreeId::Extents, |checker, keys| {
+    checker.for_each_of_window(BtreeId::Extents, |checker, keys| {
         let shape = checker.filesystem.data().shape();
         let decoded: Vec<_> = keys
             .into_par_iter()
@@ -47,8 +49,7 @@ pub(super) fn run(checker: &mut Checker<'_>) -> Result<()> {
         Ok(())
     })?;
     check_inode_bytes(checker);
-    check_shared_space(checker);
-    check_backpointers(checker)
+    Ok(())
 }
 
 fn load_buckets(checker: &mut Checker<'_>) -> Result<()> {
@@ -99,7 +100,7 @@ fn check_extent(
         ExtentValue::Whiteout { .. } => {}
         ExtentValue::Data(data) => check_data(checker, position, data)?,
     }
-    match checker.state.inodes.get_mut(&position.inode) {
+    match checker.state.inode_mut(position.inode) {
         Some(facts) if matches!(facts.file_type, Some(FileType::Regular | FileType::Symlink) | None) => {
             facts.found_bytes += allocated_bytes(extent);
         }
@@ -172,124 +173,35 @@ fn check_pointer(
             *newest = (*newest).max(pointer.generation);
         }
     }
-    checker.state.physical.push(PhysicalRange {
+    checker.state.backpointers_expected += 1;
+    let place = backpointer_place(superblock, position, data, &pointer);
+    let expected = Backpointer { btree: BtreeId::Extents, disk_bytes: data.disk_bytes, position };
+    let problem = match unless_damaged(checker.filesystem.forest().get(BtreeId::Backpointers, place))? {
+        Ok(Some(value)) if Backpointer::decode(&value).ok() == Some(expected) => return Ok(()),
+        Ok(Some(_)) => Some(Problem::BackpointerWrong { place, reason: format!("it is not that of {position}") }),
+        Ok(None) => Some(Problem::BackpointerMissing { extent: position, place }),
+        Err(_) => None,
+    };
+    checker.state.without_backpointer.push(PhysicalRange {
         device: key.0,
         offset: pointer.offset,
         bytes: data.disk_bytes,
+        block: data.frame_offset / superblock.geometry.block_bytes,
         position,
-        part: (data.compression != CompressionKind::None).then_some((data.frame_offset, data.length)),
     });
-    checker.state.backpointers_expected += 1;
-    let place = backpointer_place(superblock, position, data, &pointer);
-    match unless_damaged(checker.filesystem.forest().get(BtreeId::Backpointers, place))? {
-        Ok(Some(value)) => {
-            let expected = Backpointer { btree: BtreeId::Extents, disk_bytes: data.disk_bytes, position };
-            if Backpointer::decode(&value).ok() != Some(expected) {
-                checker.report(Problem::BackpointerWrong { place, reason: format!("it is not that of {position}") });
-            }
-        }
-        Ok(None) => checker.report(Problem::BackpointerMissing { extent: position, place }),
-        Err(_) => {}
+    if let Some(problem) = problem {
+        checker.report(problem);
     }
     Ok(())
 }
 
 fn check_inode_bytes(checker: &mut Checker<'_>) {
-    let mut wrong: Vec<_> = checker
-        .state
-        .inodes
-        .iter()
-        .filter(|(_, facts)| facts.allocated_bytes != facts.found_bytes)
-        .map(|(inode, facts)| (*inode, facts.allocated_bytes, facts.found_bytes))
+    let wrong = checker.state.inodes().iter().filter(|facts| facts.allocated_bytes != facts.found_bytes);
+    let problems: Vec<Problem> = wrong
+        .map(|facts| {
+            let (inode, stored, found) = (facts.inode, facts.allocated_bytes, facts.found_bytes);
+            Problem::InodeAllocated { inode, stored, found }
+        })
         .collect();
-    wrong.sort_unstable();
-    for (inode, stored, found) in wrong {
-        checker.report(Problem::InodeAllocated { inode, stored, found });
-    }
-}
-
-fn check_shared_space(checker: &mut Checker<'_>) {
-    let mut physical = std::mem::take(&mut checker.state.physical);
-    physical.par_sort_unstable();
-    // The range that reaches furthest so far.
-    let mut furthest: Option<PhysicalRange> = None;
-    for range in physical {
-        if let Some(other) = furthest.filter(|other| share_space(other, &range)) {
-            checker.report(Problem::ExtentsShareSpace {
-                position: range.position,
-                other: other.position,
-                device: range.device,
-                offset: range.offset,
-            });
-        }
-        let end = |range: &PhysicalRange| (range.device, range.offset + u64::from(range.bytes));
-        if furthest.is_none_or(|other| end(&range) >= end(&other)) {
-            furthest = Some(range);
-        }
-    }
-}
-
-/// Whether two ranges overlap, other than as different parts of one compressed frame. The first starts no later.
-fn share_space(first: &PhysicalRange, second: &PhysicalRange) -> bool {
-    if first.device != second.device || first.offset + u64::from(first.bytes) <= second.offset {
-        return false;
-    }
-    match (first.part, second.part) {
-        (Some(one), Some(other)) if (first.offset, first.bytes) == (second.offset, second.bytes) => {
-            u64::from(one.0) + u64::from(one.1) > u64::from(other.0)
-                && u64::from(other.0) + u64::from(other.1) > u64::from(one.0)
-        }
-        _ => true,
-    }
-}
-
-/// Every expected backpointer was looked up; so if there are more, some are left over: each must lead to an extent that has it.
-fn check_backpointers(checker: &mut Checker<'_>) -> Result<()> {
-    let mut found = 0;
-    checker.for_each_batch(BtreeId::Backpointers, |_, keys| {
-        found += keys.len() as u64;
-        Ok(())
-    })?;
-    if found == checker.state.backpointers_expected {
-        return Ok(());
-    }
-    checker.for_each_batch(BtreeId::Backpointers, |checker, keys| {
-        for (place, value) in keys {
-            if let Some(reason) = wrong_backpointer(checker, place, &value)? {
-                checker.report(Problem::BackpointerWrong { place, reason });
-            }
-        }
-        Ok(())
-    })
-}
-
-fn wrong_backpointer(checker: &Checker<'_>, place: Position, value: &[u8]) -> Result<Option<String>> {
-    let backpointer = match Backpointer::decode(value) {
-        Ok(backpointer) => backpointer,
-        Err(error) => return Ok(Some(error.to_string())),
-    };
-    let extent = match unless_damaged(checker.filesystem.forest().get(backpointer.btree, backpointer.position))? {
-        Ok(Some(value)) => ExtentValue::decode(&value),
-        Ok(None) => return Ok(Some(format!("there is no extent that ends at {}", backpointer.position))),
-        Err(_) => return Ok(None),
-    };
-    let superblock = checker.filesystem.superblock();
-    let leads_back = matches!(&extent, Ok(ExtentValue::Data(data)) if data.pointers.iter().any(|pointer| {
-        backpointer_place(superblock, backpointer.position, data, pointer) == place
-    }));
-    Ok((!leads_back).then(|| format!("the extent that ends at {} is elsewhere", backpointer.position)))
-}
-
-/// Where the backpointer of one copy of an extent stands: by the format's document, not by the code that writes it.
-pub(crate) fn backpointer_place(
-    superblock: &Superblock,
-    position: Position,
-    data: &DataExtent,
-    pointer: &ExtentPointer,
-) -> Position {
-    let Geometry { bucket_bytes, block_bytes, .. } = superblock.geometry;
-    let bucket = pointer.offset / u64::from(bucket_bytes);
-    let within = pointer.offset % u64::from(bucket_bytes);
-    let block = u64::from(data.frame_offset / block_bytes);
-    Position::new(u64::from(pointer.device.0) << 48 | bucket, within << 32 | block, position.snapshot)
+    problems.into_iter().for_each(|problem| checker.report(problem));
 }
