@@ -1,17 +1,26 @@
 //! The command line of fsck, and its exit codes: those of fsck(8).
 
 use std::io::IsTerminal;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::Args;
-use coppicefs::filesystem::{Filesystem, OpenOptions, WorkerSet};
+use coppicefs::btree::NodeReader;
+use coppicefs::device::{BlockDevice, FileOptions};
+use coppicefs::filesystem::{Filesystem, KnownInUse, OpenOptions, WorkerSet};
+use coppicefs::format::journal::AccountingCounter;
+use coppicefs::recovery::superblock;
 use coppicefs::{Error, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::damaged::Damaged;
+use crate::overlay::Overlay;
+use crate::passes::{CheckOptions, Progress};
 use crate::problem::{Problem, Severity};
-use crate::report::Report;
-use crate::{damaged, passes, repair};
+use crate::repair::Loss;
+use crate::report::{Report, Summary};
+use crate::session::{Outcome, Session};
+use crate::{damaged, passes, session};
 
 /// Nothing is wrong.
 pub const EXIT_CLEAN: u8 = 0;
@@ -19,25 +28,22 @@ pub const EXIT_CLEAN: u8 = 0;
 pub const EXIT_REPAIRED: u8 = 1;
 /// Something is wrong, and is not repaired.
 pub const EXIT_UNREPAIRED: u8 = 4;
-/// The check itself could not be done.
+/// The check itself could not be done, or something is left that takes `--rebuild`.
 pub const EXIT_OPERATIONAL: u8 = 8;
 /// The command line is wrong.
 pub const EXIT_USAGE: u8 = 16;
-
-/// Most rounds of check and repair: a repair can bring to light what it hid.
-const ROUNDS_MAX: usize = 6;
 
 /// What fsck takes on the command line.
 #[derive(Args, Clone, Debug)]
 #[allow(clippy::struct_excessive_bools, reason = "command-line flags")]
 pub struct Arguments {
-    /// Change nothing: only say what is wrong
+    /// Change nothing: say what is wrong, all of what -y would repair
     #[arg(short = 'n', conflicts_with_all = ["preen", "yes"])]
     pub no_changes: bool,
-    /// Repair whatever can be repaired with nothing thrown away, which is all that -y repairs, too; the default without a terminal
+    /// Repair whatever can be repaired with nothing thrown away; the default without a terminal
     #[arg(short = 'p', short_alias = 'a', visible_short_alias = 'a', conflicts_with = "yes")]
     pub preen: bool,
-    /// Repair everything that can be repaired
+    /// Repair everything that can be repaired without a scan of the whole device; what is lost by it is listed, and reading it is an error
     #[arg(short = 'y')]
     pub yes: bool,
     /// Check even if it was unmounted in order (which is what happens anyway: a check always looks at everything)
@@ -52,14 +58,32 @@ pub struct Arguments {
     /// The report as JSON on standard output
     #[arg(long)]
     pub json: bool,
-    /// Show a progress bar
+    /// Show a progress bar, with an estimate of the time left
     #[arg(short = 'C', long)]
     pub progress: bool,
+    /// Memory for what grows with the number of inodes, and for the nodes that are cached (512M): with less, names are looked at several times. 8
+    /// bytes for each inode, 16 more for each directory and 100 for each bucket in use come on top
+    #[arg(long, value_name = "SIZE", value_parser = parse_memory, default_value = "512M")]
+    pub memory: u64,
     /// Read all file data, list the ranges of files that cannot be read, and do nothing else
     #[arg(long, conflicts_with_all = ["preen", "yes"])]
     pub list_damaged: bool,
     /// Image file or disk
     pub target: PathBuf,
+}
+
+/// Fewest bytes that `--memory` takes: nodes of a transaction must fit.
+const MEMORY_BYTES_MIN: u64 = 16 << 20;
+
+fn parse_memory(text: &str) -> std::result::Result<u64, String> {
+    let bytes = parse_size::Config::new().with_binary().parse_size(text).map_err(|error| error.to_string())?;
+    if bytes < MEMORY_BYTES_MIN {
+        return Err(format!(
+            "{text} is too little: at least {}",
+            humansize::format_size(MEMORY_BYTES_MIN, humansize::BINARY)
+        ));
+    }
+    Ok(bytes)
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,13 +107,13 @@ impl Mode {
 
     /// Which of these to repair. Nobody is asked about the same problem twice.
     fn choose(self, problems: &[Problem], declined: &mut Vec<Problem>) -> Vec<Problem> {
-        let repairable = problems.iter().filter(|problem| problem.is_repairable());
         match self {
-            Self::NoChanges => Vec::new(),
-            Self::Preen | Self::Yes => repairable.cloned().collect(),
+            // On a device that forgets it.
+            Self::NoChanges | Self::Yes => problems.to_vec(),
+            Self::Preen => problems.iter().filter(|problem| problem.severity() < Severity::Damage).cloned().collect(),
             Self::Ask => {
                 let mut chosen = Vec::new();
-                for problem in repairable {
+                for problem in problems {
                     if !declined.contains(problem) {
                         if ask(problem) { &mut chosen } else { &mut *declined }.push(problem.clone());
                     }
@@ -116,15 +140,18 @@ pub fn run(arguments: &Arguments) -> u8 {
     match run_checked(arguments, &target) {
         Ok(code) => code,
         Err(error) => {
-            let code = match error {
-                Error::Corrupt(_) => EXIT_UNREPAIRED,
-                _ => EXIT_OPERATIONAL,
+            let takes_rebuild = error.is_media_error() || error.to_string().starts_with("no copy of the superblock");
+            let hint = if takes_rebuild {
+                format!("; fsck-coppice --rebuild {target} scans for what is left")
+            } else {
+                String::new()
             };
-            eprintln!("fsck-coppice: {error}");
+            eprintln!("fsck-coppice: {error}{hint}");
             if arguments.json {
-                println!("{}", crate::report::error_to_json(&target, &error.to_string(), code));
+                let said = format!("{error}{hint}");
+                println!("{}", crate::report::error_to_json(&target, &said, EXIT_OPERATIONAL));
             }
-            code
+            EXIT_OPERATIONAL
         }
     }
 }
@@ -139,79 +166,120 @@ pub fn in_one_line(error: &clap::Error) -> String {
 
 fn run_checked(arguments: &Arguments, target: &str) -> Result<u8> {
     let mode = Mode::of(arguments);
-    let filesystem = open(&arguments.target, mode)?;
-    let outcome = if arguments.list_damaged {
-        list_damaged(arguments, target, &filesystem)
-    } else {
-        rounds(arguments, target, mode, &filesystem)
+    let options = FileOptions { read_only: mode == Mode::NoChanges, ..FileOptions::default() };
+    let device: Arc<dyn BlockDevice> = Arc::new(Filesystem::open_device_waiting(&arguments.target, &options)?);
+    // Looked at first with nothing written: what is found to be in use is known before anything is.
+    let filesystem = match open(arguments, &device, true, KnownInUse::default()) {
+        Ok(filesystem) => filesystem,
+        Err(error) if error.is_media_error() => return Ok(unopenable(arguments, target, &device, &error)),
+        Err(error) => return Err(error),
     };
+    let outcome = if arguments.list_damaged {
+        list_damaged(arguments, target, &filesystem).map(Err)
+    } else {
+        check_with_progress(arguments, &filesystem).map(Ok)
+    };
+    let was_closed = filesystem.opening().newest.clean && filesystem.replayed().records == 0;
     let closed = filesystem.close();
-    let code = outcome?;
+    drop(filesystem);
+    let report = match outcome? {
+        Ok(report) => report,
+        Err(code) => return Ok(code),
+    };
     closed?;
+    if report.is_clean() {
+        if mode != Mode::NoChanges && !was_closed {
+            open(arguments, &device, false, KnownInUse::default())?.close()?;
+        }
+        print_report(arguments, target, mode, &Outcome { report, ..Outcome::default() }, &[], EXIT_CLEAN);
+        return Ok(EXIT_CLEAN);
+    }
+    let device = if mode == Mode::NoChanges { Arc::new(Overlay::new(device)) as _ } else { device };
+    let filesystem = open(arguments, &device, false, report.known_in_use.clone())?;
+    let outcome = rounds(arguments, target, mode, &filesystem, report);
+    let lost = outcome.as_ref().map_or(Ok(Vec::new()), |outcome| lost(&filesystem, outcome));
+    let closed = filesystem.close();
+    let outcome = outcome?;
+    closed?;
+    let code = exit_code(mode, &outcome);
+    print_report(arguments, target, mode, &outcome, &lost?, code);
     Ok(code)
 }
 
-fn open(target: &Path, mode: Mode) -> Result<Arc<Filesystem>> {
-    let options =
-        OpenOptions { read_only: mode == Mode::NoChanges, workers: WorkerSet::Essential, ..OpenOptions::default() };
-    Filesystem::open_path(target, &options)
+fn exit_code(mode: Mode, outcome: &Outcome) -> u8 {
+    match mode {
+        Mode::NoChanges => EXIT_UNREPAIRED,
+        Mode::Yes if outcome.needs_rebuild() => EXIT_OPERATIONAL,
+        // As fsck(8) has it, the sum.
+        _ => {
+            let repaired = if outcome.repaired > 0 { EXIT_REPAIRED } else { EXIT_CLEAN };
+            repaired + if outcome.left.is_empty() { EXIT_CLEAN } else { EXIT_UNREPAIRED }
+        }
+    }
 }
 
-fn rounds(arguments: &Arguments, target: &str, mode: Mode, filesystem: &Filesystem) -> Result<u8> {
-    let mut first: Option<Report> = None;
-    let mut repaired = healed_by_opening(arguments, target, mode, filesystem);
-    let mut code = EXIT_CLEAN;
+fn open(
+    arguments: &Arguments,
+    device: &Arc<dyn BlockDevice>,
+    read_only: bool,
+    known_in_use: KnownInUse,
+) -> Result<Arc<Filesystem>> {
+    let options = OpenOptions {
+        read_only,
+        workers: WorkerSet::Essential,
+        known_in_use,
+        // A quarter of it is for nodes.
+        cache_bytes: passes::node_cache_bytes(arguments.memory).saturating_mul(4),
+        ..OpenOptions::default()
+    };
+    Filesystem::open(vec![Arc::clone(device)], &options)
+}
+
+/// A filesystem that does not open can only be rebuilt. Says what it is that is damaged.
+fn unopenable(arguments: &Arguments, target: &str, device: &Arc<dyn BlockDevice>, error: &Error) -> u8 {
+    let reason = error.to_string();
+    let chosen = superblock::read(&**device).and_then(|found| {
+        let metrics = Arc::new(coppicefs::metrics::Metrics::default());
+        NodeReader::new(Arc::new(found.superblock), vec![Arc::clone(device)], metrics).choose_checkpoint()
+    });
+    let problem = match chosen {
+        Ok(_) => Problem::JournalDamaged { reason },
+        Err(_) => Problem::CheckpointUnusable { reason },
+    };
+    if !arguments.json {
+        println!("{target}: {}: {}", problem.id(), problem.describe());
+    }
+    let outcome = Outcome { problems: vec![problem.clone()], left: vec![problem], ..Outcome::default() };
+    print_report(arguments, target, Mode::of(arguments), &outcome, &[], EXIT_OPERATIONAL);
+    EXIT_OPERATIONAL
+}
+
+fn rounds(arguments: &Arguments, target: &str, mode: Mode, filesystem: &Filesystem, first: Report) -> Result<Outcome> {
     let mut declined = Vec::new();
-    for _ in 0..ROUNDS_MAX {
-        let report = check_with_progress(arguments, filesystem)?;
-        let problems: Vec<Problem> = report.problems.clone();
-        let known = |problem: &Problem| first.as_ref().is_some_and(|first| first.problems.contains(problem));
-        if !arguments.json {
-            for problem in problems.iter().filter(|problem| !known(problem)) {
+    let mut session = Session {
+        check: &mut || check_with_progress(arguments, filesystem),
+        choose: &mut |problems| mode.choose(problems, &mut declined),
+        found: &mut |problem| {
+            if !arguments.json {
                 println!("{target}: {}: {}", problem.id(), problem.describe());
             }
-        }
-        let chosen = mode.choose(&problems, &mut declined);
-        // As fsck(8) has it, the sum.
-        code = if repaired > 0 { EXIT_REPAIRED } else { EXIT_CLEAN }
-            + if problems.is_empty() { EXIT_CLEAN } else { EXIT_UNREPAIRED };
-        match &mut first {
-            None => first = Some(report),
-            Some(first) => {
-                let new: Vec<_> = problems.into_iter().filter(|problem| !first.problems.contains(problem)).collect();
-                first.problems.extend(new);
-            }
-        }
-        if chosen.is_empty() {
-            break;
-        }
-        repaired += repair::repair(filesystem, &chosen)?;
-    }
-    if let Some(report) = &first {
-        print_report(arguments, target, report, repaired, code);
-    }
-    Ok(code)
+        },
+    };
+    session::run(filesystem, Some(first), &mut session)
 }
 
-/// Opening for writing replays the journal and then writes a checkpoint: over a damaged one, if there was one. How many that healed.
-fn healed_by_opening(arguments: &Arguments, target: &str, mode: Mode, filesystem: &Filesystem) -> usize {
-    if mode == Mode::NoChanges || filesystem.replayed().keys == 0 {
-        return 0;
-    }
-    let opening = filesystem.opening();
-    let damaged = opening.passed_over.iter().filter(|passed| passed.is_damage);
-    let said = damaged.map(|passed| {
-        let (number, used, reason) = (passed.number, opening.newest.number, passed.reason.clone());
-        let problem = Problem::CheckpointDamaged { number, used, reason };
-        if !arguments.json {
-            println!("{target}: {}: {}; repaired", problem.id(), problem.describe());
-        }
-    });
-    said.count()
+/// The losses with the paths of their files.
+fn lost(filesystem: &Filesystem, outcome: &Outcome) -> Result<Vec<Damaged>> {
+    let reason = "the data is lost, reading it is an error";
+    let with_path = |loss: &Loss| {
+        let path = damaged::path(filesystem, loss.inode)?;
+        Ok(Damaged { path, inode: loss.inode, start: loss.start, end: loss.end, reason: reason.into() })
+    };
+    outcome.losses.iter().map(with_path).collect()
 }
 
 fn list_damaged(arguments: &Arguments, target: &str, filesystem: &Filesystem) -> Result<u8> {
-    let bar = bar(arguments, filesystem.usage().data_bytes, "{bar:30} {bytes} [{elapsed}, {eta} left]");
+    let bar = bar(arguments, logical_bytes(filesystem), "{bar:30} {bytes} of {total_bytes} [{elapsed}, {eta} left]");
     let outcome = damaged::find(filesystem, &|bytes| bar.inc(bytes));
     bar.finish_and_clear();
     let (damaged, read_bytes) = outcome?;
@@ -237,6 +305,18 @@ fn list_damaged(arguments: &Arguments, target: &str, filesystem: &Filesystem) ->
     Ok(code)
 }
 
+/// Bytes of file data that reading all of it will read: of compressed data what it is when it is decoded.
+fn logical_bytes(filesystem: &Filesystem) -> u64 {
+    let totals = filesystem.totals();
+    let [stored, logical, disk] = [
+        AccountingCounter::DataBytes,
+        AccountingCounter::CompressedLogicalBytes,
+        AccountingCounter::CompressedDiskBytes,
+    ]
+    .map(|counter| u64::try_from(totals.get(counter)).unwrap_or(0));
+    stored.saturating_add(logical).saturating_sub(disk)
+}
+
 /// A progress bar, hidden unless it is asked for.
 fn bar(arguments: &Arguments, length: u64, template: &str) -> ProgressBar {
     if !arguments.progress || arguments.quiet {
@@ -250,22 +330,34 @@ fn bar(arguments: &Arguments, length: u64, template: &str) -> ProgressBar {
 }
 
 fn check_with_progress(arguments: &Arguments, filesystem: &Filesystem) -> Result<Report> {
-    let bar = bar(arguments, passes::PASSES.len() as u64, "{bar:30} pass {pos}/{len} {msg} [{elapsed}]");
-    let report = passes::check(filesystem, &|number, _, name, examined| {
-        bar.set_position(number as u64);
-        bar.set_message(format!("{name}: {examined}"));
+    let template = "{bar:30} {percent}% {msg} [{elapsed}, {eta} left]";
+    let bar = bar(arguments, 0, template);
+    let options = CheckOptions { memory_bytes: arguments.memory };
+    let report = passes::check_with(filesystem, &options, &|at: Progress| {
+        bar.set_length(at.total);
+        bar.set_position(at.done);
+        bar.set_message(at.name);
     });
     bar.finish_and_clear();
     report
 }
 
-fn print_report(arguments: &Arguments, target: &str, report: &Report, repaired: usize, code: u8) {
+fn print_report(arguments: &Arguments, target: &str, mode: Mode, outcome: &Outcome, lost: &[Damaged], code: u8) {
+    let report = &outcome.report;
     if arguments.json {
-        match report.to_json(target, repaired, code) {
+        let repaired = if mode == Mode::NoChanges { 0 } else { outcome.repaired };
+        let summary = Summary { target, problems: &outcome.problems, lost, repaired, exit_code: code };
+        match report.to_json(&summary) {
             Ok(json) => println!("{json}"),
             Err(error) => eprintln!("fsck-coppice: {error}"),
         }
         return;
+    }
+    for range in lost {
+        println!("{target}: lost: {}", range.describe());
+    }
+    for (problem, reason) in &outcome.failed {
+        println!("{target}: {} is not repaired: {reason}", problem.id());
     }
     if arguments.quiet {
         return;
@@ -284,14 +376,19 @@ fn print_report(arguments: &Arguments, target: &str, report: &Report, repaired: 
     let size = humansize::format_size(report.data_bytes, humansize::BINARY);
     let summary =
         format!("{directories} directories, {regular} files, {links} symbolic links, {others} others, {size} of data");
-    let worst = report.problems.iter().map(Problem::severity).max();
+    let count = outcome.problems.len();
+    let rebuild = outcome.needs_rebuild();
     match code {
         EXIT_CLEAN => println!("{target}: clean, {summary}"),
-        EXIT_REPAIRED => println!("{target}: {repaired} problems repaired, now clean, {summary}"),
-        _ if worst == Some(Severity::Damage) => println!(
-            "{target}: {} problems, some of which are damage that this version of fsck cannot repair: copy what is readable from a mount with -o ro, {summary}",
-            report.problems.len()
+        EXIT_REPAIRED => println!("{target}: {} problems repaired, now clean, {summary}", outcome.repaired),
+        _ if rebuild => println!(
+            "{target}: {count} problems, some of which take a scan of the whole device: copy what is readable from a mount with -o ro, then run fsck-coppice --rebuild {target}"
         ),
-        _ => println!("{target}: {} problems left: run fsck-coppice -y {target}, {summary}", report.problems.len()),
+        _ if mode == Mode::NoChanges => {
+            println!(
+                "{target}: {count} problems, nothing was changed: fsck-coppice -y {target} repairs them, {summary}"
+            );
+        }
+        _ => println!("{target}: {} problems left: run fsck-coppice -y {target}, {summary}", outcome.left.len()),
     }
 }

@@ -143,7 +143,8 @@ fn read_one(filesystem: &Filesystem, inode: u64, range: &Range<u64>, found: &Mut
     outcome
 }
 
-fn path(filesystem: &Filesystem, inode: u64) -> Result<String> {
+/// A path of an inode, for people. Empty if none is known.
+pub(crate) fn path(filesystem: &Filesystem, inode: u64) -> Result<String> {
     let path = filesystem.namespace().path(&mut filesystem.transactions().read(), InodeNumber(inode))?;
     Ok(path.map_or_else(String::new, |path| path.escape_ascii().to_string()))
 }

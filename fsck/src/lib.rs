@@ -2,7 +2,8 @@
 //!
 //! Nothing that is checked is trusted: counts are recomputed from the leaves of the trees, free space from the extents and nodes
 //! that exist, link counts from the names. [`passes`] says what is checked, in which order; [`problem`] is the one table of
-//! what can be wrong; [`repair`] is kept apart from finding, so that `-n` and `-y` see the same list.
+//! what can be wrong; [`repair`] is kept apart from finding; [`session`] has them take turns until nothing is left. `-n` does the same on a device that
+//! keeps its writes in memory, so it gives the same list as `-y`.
 //!
 //! A check reads the trees of a filesystem that was opened with its journal replayed in memory; a repair is a transaction, so a cut
 //! at any moment leaves something that can be checked and repaired again.
@@ -11,12 +12,15 @@
 
 pub mod cli;
 pub mod damaged;
+pub mod overlay;
 pub mod passes;
 pub mod problem;
 pub mod repair;
 pub mod report;
+pub mod session;
 pub mod state;
 
-pub use passes::check;
+pub use passes::{CheckOptions, check, check_with};
 pub use problem::{Problem, Severity};
 pub use report::Report;
+pub use session::repair_all;

@@ -1,6 +1,12 @@
 //! The passes, in order. Each is in a file of its own, whose first lines say what it checks and what it collects.
+//!
+//! **Memory.** What is kept of each inode while its names are counted is some 100 bytes; with [`CheckOptions::memory_bytes`] that is bounded: the inodes are
+//! looked at in several *windows* of their numbers, and the passes over names and extents run once for each. Always kept are 8 bytes for each inode, 16 more
+//! for each directory (the graph that must reach the root), about 100 for each bucket in use, and the problems. Which extents share space is found by
+//! walking the backpointers in the order of the device, which takes no memory. The budget is also that of the nodes that are cached ([`node_cache_bytes`]).
 
 mod accounting;
+mod backpointers;
 mod buckets;
 mod connectivity;
 mod dirents;
@@ -11,15 +17,21 @@ mod orphans;
 mod superblock;
 mod xattrs;
 
+pub(crate) use backpointers::backpointer_place;
+pub(crate) use dirents::is_possible;
+pub(crate) use xattrs::is_possible_xattr;
+
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use coppicefs::filesystem::Filesystem;
 use coppicefs::format::{BtreeId, Position, Value};
+use coppicefs::units::{InodeNumber, SnapshotId};
 use coppicefs::{Error, Result};
 
 use crate::problem::Problem;
 use crate::report::{PassReport, Report};
-use crate::state::State;
+use crate::state::{FACTS_BYTES, State, Window};
 
 /// A pass: a stable identifier, what it does, and the function.
 pub struct Pass {
@@ -27,54 +39,98 @@ pub struct Pass {
     pub name: &'static str,
     /// What it checks, in a sentence.
     pub sentence: &'static str,
+    /// Whether it runs once for each window of inodes.
+    pub is_windowed: bool,
     run: fn(&mut Checker<'_>) -> Result<()>,
 }
 
-/// The table. The journal is checked by opening: a damaged one does not open, and is reported by [`crate::cli`].
+const fn once(name: &'static str, sentence: &'static str, run: fn(&mut Checker<'_>) -> Result<()>) -> Pass {
+    Pass { name, sentence, is_windowed: false, run }
+}
+
+const fn windowed(name: &'static str, sentence: &'static str, run: fn(&mut Checker<'_>) -> Result<()>) -> Pass {
+    Pass { name, sentence, is_windowed: true, run }
+}
+
+/// The table. The windowed ones stand together. The journal is checked by opening: a damaged one does not open, and is reported by [`crate::cli`].
 pub const PASSES: &[Pass] = &[
-    Pass { name: "superblock", sentence: "Every copy of the superblock is whole and the same.", run: superblock::run },
-    Pass {
-        name: "nodes",
-        sentence: "Every copy of every node is whole, ranges fit, and the node-space map equals what is reachable.",
-        run: nodes::run,
-    },
-    Pass { name: "inodes", sentence: "Every inode means something.", run: inodes::run },
-    Pass {
-        name: "extents",
-        sentence: "Extents belong to files, do not overlap, and point at space of their own with a backpointer.",
-        run: extents::run,
-    },
-    Pass { name: "dirents", sentence: "Names stand where their hash says, and name what exists.", run: dirents::run },
-    Pass {
-        name: "orphans",
-        sentence: "What has no name is noted for deletion, and nothing else is.",
-        run: orphans::run,
-    },
-    Pass {
-        name: "connectivity",
-        sentence: "Every inode can be reached from the root, and says where it is named.",
-        run: connectivity::run,
-    },
-    Pass {
-        name: "link counts",
-        sentence: "Link counts and directory sizes are the number of names.",
-        run: connectivity::link_counts,
-    },
-    Pass {
-        name: "xattrs",
-        sentence: "Extended attributes belong to inodes and stand where their hash says.",
-        run: xattrs::run,
-    },
-    Pass {
-        name: "buckets",
-        sentence: "States and counts of buckets, and the free-space and need-discard trees, are what extents and nodes say.",
-        run: buckets::run,
-    },
-    Pass { name: "accounting", sentence: "The global counters are the sums of what was found.", run: accounting::run },
+    once("superblock", "Every copy of the superblock is whole and the same.", superblock::run),
+    once(
+        "nodes",
+        "Every copy of every node is whole, ranges fit, and the node-space map equals what is reachable.",
+        nodes::run,
+    ),
+    once("inode index", "Which inodes there are, and which are directories.", inodes::index),
+    windowed("inodes", "Every inode means something.", inodes::run),
+    windowed(
+        "extents",
+        "Extents belong to files, do not overlap, and point at space with a backpointer.",
+        extents::run,
+    ),
+    windowed("dirents", "Names stand where their hash says, and name what exists.", dirents::run),
+    windowed("orphans", "What has no name is noted for deletion, and nothing else is.", orphans::run),
+    windowed("connectivity", "Every inode has a name, and says where.", connectivity::run),
+    windowed("link counts", "Link counts and directory sizes are the number of names.", connectivity::link_counts),
+    windowed("xattrs", "Extended attributes belong to inodes and stand where their hash says.", xattrs::run),
+    once("directories", "Every directory can be reached from the root.", connectivity::directories),
+    once("backpointers", "No space is shared, and no backpointer is left over.", backpointers::run),
+    once(
+        "buckets",
+        "States and counts of buckets, and the free-space and need-discard trees, are what extents and nodes say.",
+        buckets::run,
+    ),
+    once("accounting", "The global counters are the sums of what was found.", accounting::run),
 ];
 
-/// How far a check is: pass number, passes, name of the pass, keys examined in it so far.
-pub type OnProgress<'a> = &'a (dyn Fn(usize, usize, &'static str, u64) + Sync);
+/// How far a check is.
+#[derive(Clone, Copy, Debug)]
+pub struct Progress {
+    /// Number of the pass in [`PASSES`].
+    pub pass: usize,
+    /// Its name.
+    pub name: &'static str,
+    /// Nodes and keys looked at so far, in all passes.
+    pub done: u64,
+    /// Those that there will be, as far as is known: the number of keys is an estimate until the nodes have been read.
+    pub total: u64,
+}
+
+/// Called now and then with how far a check is.
+pub type OnProgress<'a> = &'a (dyn Fn(Progress) + Sync);
+
+/// As [`check_with`], with all the memory that it takes. `progress` is called with the number of the pass, how many there are, its name, and what was
+/// looked at so far.
+///
+/// # Errors
+/// As [`check_with`].
+pub fn check(filesystem: &Filesystem, progress: &(dyn Fn(usize, usize, &'static str, u64) + Sync)) -> Result<Report> {
+    let progress = |at: Progress| progress(at.pass, PASSES.len(), at.name, at.done);
+    check_with(filesystem, &CheckOptions::default(), &progress)
+}
+
+/// How a check is made.
+#[derive(Clone, Copy, Debug)]
+pub struct CheckOptions {
+    /// Budget for what grows with the number of inodes.
+    pub memory_bytes: u64,
+}
+
+impl Default for CheckOptions {
+    fn default() -> Self {
+        Self { memory_bytes: u64::MAX }
+    }
+}
+
+/// What of a budget nodes in memory may take; the rest is for tables.
+#[must_use]
+pub fn node_cache_bytes(memory_bytes: u64) -> u64 {
+    memory_bytes / 2
+}
+
+/// Fewest inodes of a window.
+const WINDOW_INODES_MIN: usize = 64;
+/// Keys of a leaf, for the estimate of how many there will be before they are counted.
+const KEYS_OF_NODE: u64 = 300;
 
 /// A check that is running.
 pub struct Checker<'a> {
@@ -82,9 +138,17 @@ pub struct Checker<'a> {
     state: State,
     problems: Vec<Problem>,
     examined: u64,
-    progress: Box<dyn Fn(u64) + 'a>,
+    work: &'a Work<'a>,
+    pass: (usize, &'static str),
     inode_counts: [u64; 4],
     data_bytes: u64,
+}
+
+/// The work of all passes.
+struct Work<'a> {
+    progress: OnProgress<'a>,
+    done: AtomicU64,
+    total: AtomicU64,
 }
 
 /// Keys that one step of a scan asks for.
@@ -95,19 +159,52 @@ impl Checker<'_> {
         self.problems.push(problem);
     }
 
-    /// Calls `visit` with batches of keys of a tree, in order. A lost range is jumped over: the nodes pass has reported it.
+    /// Counts what was looked at.
+    fn examine(&mut self, count: u64) {
+        self.examined += count;
+        let done = self.work.done.fetch_add(count, Ordering::Relaxed) + count;
+        let (pass, name) = self.pass;
+        (self.work.progress)(Progress { pass, name, done, total: self.work.total.load(Ordering::Relaxed).max(done) });
+    }
+
+    /// Says how much there will be, as far as is known.
+    fn expect(&self, total: u64) {
+        self.work.total.store(total, Ordering::Relaxed);
+    }
+
+    /// As [`Self::for_each_in`], over a whole tree.
     fn for_each_batch(
         &mut self,
         btree: BtreeId,
+        visit: impl FnMut(&mut Self, Vec<(Position, Value)>) -> Result<()>,
+    ) -> Result<()> {
+        self.for_each_in(btree, Position::MIN, Position::MAX, visit)
+    }
+
+    /// As [`Self::for_each_in`], over the keys of the window's inodes.
+    fn for_each_of_window(
+        &mut self,
+        btree: BtreeId,
+        visit: impl FnMut(&mut Self, Vec<(Position, Value)>) -> Result<()>,
+    ) -> Result<()> {
+        let Window { first, last } = self.state.window;
+        self.for_each_in(btree, Position::new(first, 0, 0), Position::new(last, u64::MAX, u32::MAX), visit)
+    }
+
+    /// Calls `visit` with batches of keys of a range of a tree, in order. A lost range is jumped over: the nodes pass has reported it.
+    fn for_each_in(
+        &mut self,
+        btree: BtreeId,
+        from: Position,
+        to: Position,
         mut visit: impl FnMut(&mut Self, Vec<(Position, Value)>) -> Result<()>,
     ) -> Result<()> {
-        let mut cursor = Some(Position::MIN);
-        while let Some(from) = cursor {
-            match self.filesystem.forest().scan(btree, from, Position::MAX, SCAN_KEYS) {
+        let mut cursor = Some(from);
+        while let Some(from) = cursor.filter(|from| *from <= to) {
+            match self.filesystem.forest().scan(btree, from, to, SCAN_KEYS) {
                 Ok(scan) => {
                     cursor = scan.covered_to.successor();
-                    self.examined += scan.keys.len() as u64;
-                    (self.progress)(self.examined);
+                    self.examine(scan.keys.len() as u64);
                     visit(self, scan.keys)?;
                 }
                 Err(error) if error.is_media_error() => {
@@ -115,13 +212,8 @@ impl Checker<'_> {
                     match lost.filter(|(first, last)| *first <= from && from <= *last).map(|(_, last)| *last).max() {
                         Some(last) => cursor = last.successor(),
                         None => {
-                            self.report(Problem::NodeUnreadable {
-                                btree,
-                                level: 0,
-                                from,
-                                to: Position::MAX,
-                                reason: error.to_string(),
-                            });
+                            let reason = error.to_string();
+                            self.report(Problem::NodeUnreadable { btree, level: 0, from, to: Position::MAX, reason });
                             return Ok(());
                         }
                     }
@@ -130,6 +222,15 @@ impl Checker<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Whether a file's key can stand there.
+    fn is_place(&self, position: Position) -> bool {
+        position.snapshot == SnapshotId::ROOT.0 && (1..=InodeNumber::MAX.0).contains(&position.inode)
+    }
+
+    fn misplaced(&mut self, btree: BtreeId, position: Position) {
+        self.undecodable(btree, position, &"no file has a key there");
     }
 
     fn undecodable(&mut self, btree: BtreeId, position: Position, error: &dyn std::fmt::Display) {
@@ -141,31 +242,72 @@ impl Checker<'_> {
 ///
 /// # Errors
 /// Only what makes checking itself impossible: an I/O error of a kind that is not damage, a shutdown. Damage is in the report.
-pub fn check(filesystem: &Filesystem, progress: OnProgress<'_>) -> Result<Report> {
+pub fn check_with(filesystem: &Filesystem, options: &CheckOptions, progress: OnProgress<'_>) -> Result<Report> {
     let mut report = Report::default();
+    report.passes = PASSES.iter().map(|pass| PassReport { name: pass.name, ..PassReport::default() }).collect();
+    let work = Work { progress, done: AtomicU64::new(0), total: AtomicU64::new(0) };
     let mut state = State::default();
-    for (number, pass) in PASSES.iter().enumerate() {
-        let start = Instant::now();
-        let mut checker = Checker {
-            filesystem,
-            state: std::mem::take(&mut state),
-            problems: Vec::new(),
-            examined: 0,
-            progress: Box::new(move |examined| progress(number, PASSES.len(), pass.name, examined)),
-            inode_counts: [0; 4],
-            data_bytes: 0,
-        };
-        (checker.progress)(0);
-        (pass.run)(&mut checker)?;
-        report.problems.append(&mut checker.problems);
-        report.passes.push(PassReport { name: pass.name, duration: start.elapsed(), examined: checker.examined });
-        for (sum, count) in report.inode_counts.iter_mut().zip(checker.inode_counts) {
-            *sum += count;
-        }
-        report.data_bytes += checker.data_bytes;
-        state = checker.state;
+    let windowed = || PASSES.iter().enumerate().filter(|(_, pass)| pass.is_windowed);
+    let first = windowed().next().map_or(0, |(index, _)| index);
+    let last = windowed().last().map_or(0, |(index, _)| index);
+    for (number, _) in PASSES.iter().enumerate().take(first) {
+        run_pass(filesystem, number, &work, &mut state, &mut report)?;
     }
+    let tables = options.memory_bytes.saturating_sub(node_cache_bytes(options.memory_bytes));
+    let most = tables.saturating_sub(state.index_bytes()) / FACTS_BYTES;
+    let windows = state.windows(usize::try_from(most).unwrap_or(usize::MAX).max(WINDOW_INODES_MIN));
+    report.windows = windows.len();
+    let per_window = report.keys_of_windows;
+    work.total.fetch_add(per_window * (windows.len() as u64 - 1), Ordering::Relaxed);
+    for window in windows {
+        state.begin(window);
+        for number in first..=last {
+            run_pass(filesystem, number, &work, &mut state, &mut report)?;
+        }
+        report.tables_peak_bytes = report.tables_peak_bytes.max(state.index_bytes() + state.facts_bytes());
+    }
+    state.end_windows();
+    for (number, _) in PASSES.iter().enumerate().skip(last + 1) {
+        run_pass(filesystem, number, &work, &mut state, &mut report)?;
+    }
+    report.known_in_use.buckets = state.in_use_buckets;
+    report.known_in_use.slots = state.in_use_slots;
     Ok(report)
+}
+
+fn run_pass(
+    filesystem: &Filesystem,
+    number: usize,
+    work: &Work<'_>,
+    state: &mut State,
+    report: &mut Report,
+) -> Result<()> {
+    let Some(pass) = PASSES.get(number) else { return Ok(()) };
+    let start = Instant::now();
+    let mut checker = Checker {
+        filesystem,
+        state: std::mem::take(state),
+        problems: Vec::new(),
+        examined: 0,
+        work,
+        pass: (number, pass.name),
+        inode_counts: [0; 4],
+        data_bytes: 0,
+    };
+    checker.examine(0);
+    (pass.run)(&mut checker)?;
+    report.problems.append(&mut checker.problems);
+    if let Some(entry) = report.passes.get_mut(number) {
+        entry.duration += start.elapsed();
+        entry.examined += checker.examined;
+    }
+    for (sum, count) in report.inode_counts.iter_mut().zip(checker.inode_counts) {
+        *sum += count;
+    }
+    report.data_bytes += checker.data_bytes;
+    *state = checker.state;
+    report.keys_of_windows = state.keys_of_windows;
+    Ok(())
 }
 
 /// A name for people: bytes that are not UTF-8 or not printable are escaped, since names are hostile text.

@@ -1,5 +1,5 @@
-//! The problem table: everything that can be wrong, with an identifier that scripts can rely on, a sentence, and whether it can be
-//! repaired without asking.
+//! The problem table: everything that can be wrong, with an identifier that scripts can rely on, a sentence, how bad it is, and when it is repaired.
+//! The corpus in `tests/corpus.rs` has a case for every identifier.
 
 use coppicefs::format::journal::AccountingCounter;
 use coppicefs::format::space::{Bucket, BucketState};
@@ -39,7 +39,7 @@ pub enum Problem {
     InodeType { inode: u64, mode: u32 },
     InodeAllocated { inode: u64, stored: u64, found: u64 },
     DirectorySize { inode: u64, stored: u64, found: u64 },
-    DirentOwner { directory: u64, name: String },
+    DirentOwner { position: Position, discriminator: u8, name: String },
     DirentDangling { position: Position, discriminator: u8, name: String, inode: u64 },
     DirentName { position: Position, discriminator: u8, name: String, reason: String },
     DirentType { position: Position, discriminator: u8, name: String, stored: u8, actual: u8 },
@@ -62,90 +62,122 @@ pub enum Problem {
     Accounting { counter: AccountingCounter, stored: i64, found: i64 },
 }
 
+/// When a problem can be repaired: what an earlier stage repairs changes what a later one finds, so each round of repairs is of one stage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Stage {
+    /// What the trees are made of.
+    Nodes,
+    /// Keys that mean nothing, or contradict each other.
+    Keys,
+    /// Keys whose owner does not exist.
+    Owners,
+    /// Names, and what has none.
+    Names,
+    /// What is counted, or follows from other keys.
+    Counts,
+}
+
+/// One line for each kind of problem: identifier, severity, stage.
+macro_rules! problem_table {
+    ($($variant:ident, $id:literal, $severity:ident, $stage:ident;)*) => {
+        /// All identifiers, in the order of the table.
+        pub const IDS: &[&str] = &[$($id),*];
+
+        impl Problem {
+            fn entry(&self) -> (&'static str, Severity, Stage) {
+                match self {
+                    $(Self::$variant { .. } => ($id, Severity::$severity, Stage::$stage),)*
+                }
+            }
+        }
+    };
+}
+
+problem_table! {
+    SuperblockCopy, "superblock-copy", Minor, Nodes;
+    JournalDamaged, "journal-damaged", Damage, Nodes;
+    CheckpointUnusable, "checkpoint-unusable", Damage, Nodes;
+    CheckpointDamaged, "checkpoint-damaged", Minor, Nodes;
+    NodeCopy, "node-copy", Minor, Nodes;
+    NodeUnreadable, "node-unreadable", Damage, Nodes;
+    NodeMap, "node-map", Minor, Nodes;
+    KeyUndecodable, "key-undecodable", Damage, Keys;
+    ExtentMisplaced, "extent-misplaced", Damage, Keys;
+    ExtentOverlap, "extent-overlap", Damage, Keys;
+    ExtentPointer, "extent-pointer", Damage, Keys;
+    ExtentStale, "extent-stale", Damage, Keys;
+    ExtentsShareSpace, "extents-share-space", Damage, Keys;
+    InodeType, "inode-type", Damage, Keys;
+    DirentName, "dirent-name", Damage, Keys;
+    XattrName, "xattr-name", Damage, Keys;
+    RootMissing, "root-missing", Damage, Keys;
+    ExtentWithoutInode, "extent-without-inode", Damage, Owners;
+    DirentOwner, "dirent-owner", Damage, Owners;
+    DirectoryNamedTwice, "directory-named-twice", Damage, Names;
+    DirentDangling, "dirent-dangling", Structural, Names;
+    DirentType, "dirent-type", Structural, Names;
+    XattrOwner, "xattr-owner", Damage, Names;
+    OrphanDangling, "orphan-dangling", Minor, Names;
+    OrphanLinked, "orphan-linked", Structural, Names;
+    OrphanMissing, "orphan-missing", Structural, Names;
+    Unconnected, "unconnected", Structural, Names;
+    ParentWrong, "parent-wrong", Structural, Names;
+    LinkCount, "link-count", Structural, Counts;
+    DirectorySize, "directory-size", Minor, Counts;
+    InodeAllocated, "inode-allocated", Minor, Counts;
+    BackpointerMissing, "backpointer-missing", Minor, Counts;
+    BackpointerWrong, "backpointer-wrong", Minor, Counts;
+    IndexKeyStray, "index-key-stray", Minor, Nodes;
+    BucketWrong, "bucket-wrong", Minor, Counts;
+    FreeSpaceKey, "free-space-key", Minor, Counts;
+    FreeSpaceValue, "free-space-value", Minor, Nodes;
+    NeedDiscardKey, "need-discard-key", Minor, Counts;
+    Untouched, "untouched-mark", Minor, Counts;
+    Accounting, "accounting", Minor, Counts;
+}
+
 impl Problem {
     /// The identifier: stable, for scripts.
     #[must_use]
     pub fn id(&self) -> &'static str {
-        match self {
-            Self::SuperblockCopy { .. } => "superblock-copy",
-            Self::JournalDamaged { .. } => "journal-damaged",
-            Self::CheckpointUnusable { .. } => "checkpoint-unusable",
-            Self::CheckpointDamaged { .. } => "checkpoint-damaged",
-            Self::NodeCopy { .. } => "node-copy",
-            Self::NodeUnreadable { .. } => "node-unreadable",
-            Self::NodeMap { .. } => "node-map",
-            Self::KeyUndecodable { .. } => "key-undecodable",
-            Self::ExtentMisplaced { .. } => "extent-misplaced",
-            Self::ExtentOverlap { .. } => "extent-overlap",
-            Self::ExtentWithoutInode { .. } => "extent-without-inode",
-            Self::ExtentPointer { .. } => "extent-pointer",
-            Self::ExtentStale { .. } => "extent-stale",
-            Self::ExtentsShareSpace { .. } => "extents-share-space",
-            Self::BackpointerMissing { .. } => "backpointer-missing",
-            Self::BackpointerWrong { .. } => "backpointer-wrong",
-            Self::InodeType { .. } => "inode-type",
-            Self::InodeAllocated { .. } => "inode-allocated",
-            Self::DirectorySize { .. } => "directory-size",
-            Self::DirentOwner { .. } => "dirent-owner",
-            Self::DirentDangling { .. } => "dirent-dangling",
-            Self::DirentName { .. } => "dirent-name",
-            Self::DirentType { .. } => "dirent-type",
-            Self::DirectoryNamedTwice { .. } => "directory-named-twice",
-            Self::ParentWrong { .. } => "parent-wrong",
-            Self::RootMissing { .. } => "root-missing",
-            Self::Unconnected { .. } => "unconnected",
-            Self::LinkCount { .. } => "link-count",
-            Self::XattrOwner { .. } => "xattr-owner",
-            Self::XattrName { .. } => "xattr-name",
-            Self::OrphanDangling { .. } => "orphan-dangling",
-            Self::OrphanLinked { .. } => "orphan-linked",
-            Self::OrphanMissing { .. } => "orphan-missing",
-            Self::BucketWrong { .. } => "bucket-wrong",
-            Self::FreeSpaceKey { .. } => "free-space-key",
-            Self::FreeSpaceValue { .. } => "free-space-value",
-            Self::NeedDiscardKey { .. } => "need-discard-key",
-            Self::IndexKeyStray { .. } => "index-key-stray",
-            Self::Untouched { .. } => "untouched-mark",
-            Self::Accounting { .. } => "accounting",
-        }
+        self.entry().0
     }
 
     /// How bad it is.
     #[must_use]
     pub fn severity(&self) -> Severity {
+        if self.is_of_space() { Severity::Minor } else { self.entry().1 }
+    }
+
+    /// When it can be repaired.
+    #[must_use]
+    pub fn stage(&self) -> Stage {
+        if self.is_of_space() { Stage::Nodes } else { self.entry().2 }
+    }
+
+    /// A key that means nothing, and that whoever looks for space for nodes would stumble over. What it said follows from other keys.
+    pub(crate) fn is_of_space(&self) -> bool {
         match self {
-            Self::SuperblockCopy { .. }
-            | Self::CheckpointDamaged { .. }
-            | Self::NodeCopy { .. }
-            | Self::NodeMap { .. }
-            | Self::BackpointerMissing { .. }
-            | Self::BackpointerWrong { .. }
-            | Self::InodeAllocated { .. }
-            | Self::DirectorySize { .. }
-            | Self::BucketWrong { .. }
-            | Self::FreeSpaceKey { .. }
-            | Self::FreeSpaceValue { .. }
-            | Self::NeedDiscardKey { .. }
-            | Self::IndexKeyStray { .. }
-            | Self::Untouched { .. }
-            | Self::OrphanDangling { .. }
-            | Self::Accounting { .. } => Severity::Minor,
-            Self::DirentDangling { .. }
-            | Self::DirentType { .. }
-            | Self::ParentWrong { .. }
-            | Self::Unconnected { .. }
-            | Self::LinkCount { .. }
-            | Self::OrphanLinked { .. }
-            | Self::OrphanMissing { .. } => Severity::Structural,
-            _ => Severity::Damage,
+            Self::KeyUndecodable { btree, .. } => is_derived(*btree) || *btree == BtreeId::Devices,
+            Self::FreeSpaceValue { .. } | Self::IndexKeyStray { .. } => true,
+            _ => false,
         }
     }
 
-    /// Whether [`crate::repair`] can repair it.
+    /// Whether [`crate::repair`] can repair it. What cannot be repaired takes `--rebuild`, which scans the whole device.
     #[must_use]
     pub fn is_repairable(&self) -> bool {
-        // A node map that disagrees means that the space of a reachable node may be given away: only a rebuild is safe.
-        self.severity() < Severity::Damage && !matches!(self, Self::NodeMap { .. })
+        match self {
+            Self::JournalDamaged { .. } | Self::CheckpointUnusable { .. } => false,
+            // Below an interior node everything is whole, and a scan finds it; what only says where space is can be made anew without.
+            Self::NodeUnreadable { btree, level, .. } => *level == 0 || is_derived(*btree),
+            _ => true,
+        }
+    }
+
+    /// Whether it says that an extent's own key or place is wrong.
+    pub(crate) fn is_of_extent(&self) -> bool {
+        matches!(self, Self::ExtentMisplaced { .. } | Self::ExtentPointer { .. } | Self::KeyUndecodable { .. })
     }
 
     /// What is wrong, in a sentence.
@@ -204,8 +236,8 @@ impl Problem {
             Self::DirectorySize { inode, stored, found } => {
                 format!("directory {inode} says it has {stored} entries, it has {found}")
             }
-            Self::DirentOwner { directory, name } => {
-                format!("the entry '{name}' is in {directory}, which is no directory")
+            Self::DirentOwner { position, name, .. } => {
+                format!("the entry '{name}' is in {}, which is no directory", position.inode)
             }
             Self::DirentDangling { position, name, inode, .. } => {
                 format!("the entry '{name}' of directory {} names inode {inode}, which does not exist", position.inode)
@@ -264,4 +296,9 @@ impl Problem {
             }
         }
     }
+}
+
+/// Trees whose keys all follow from others'.
+fn is_derived(btree: BtreeId) -> bool {
+    matches!(btree, BtreeId::Buckets | BtreeId::FreeSpace | BtreeId::NeedDiscard | BtreeId::Backpointers)
 }

@@ -1,63 +1,183 @@
 //! Repairs of what the passes found. Each is a transaction of its own, so that a cut at any moment leaves a filesystem that can be
-//! checked and repaired again; finding is elsewhere, so a repair decides nothing.
+//! checked and repaired again. Finding is elsewhere; a repair looks at what it changes once more, and does nothing where that is no longer
+//! as the problem says.
 //!
-//! Index trees and counts are corrected without the triggers that normally keep them (`CommitOptions::raw`), since it is those that
-//! are wrong. Nothing is thrown away: what has no name gets one in `lost+found`.
+//! Keys are corrected without the triggers that normally keep what follows from them (`CommitOptions::raw`), since it may be that which is
+//! wrong; what follows is then found and repaired in a later round ([`crate::session`]).
+//!
+//! What is thrown away, and what not:
+//! - What has no name gets one in `lost+found`; an inode that is gone is made anew where its extents or entries are there.
+//! - A range of a file whose data is lost reads as an error, never as zeros: [`DataExtent::lost`](coppicefs::format::extent::DataExtent::lost) stands
+//!   there. Each is a [`Loss`], to be reported with the file's path.
+//! - Keys that mean nothing, and those that belong to nobody and are no file's data, are deleted.
 
-use coppicefs::env::Timestamp;
+mod counts;
+mod extents;
+mod keys;
+mod names;
+mod nodes;
+
 use coppicefs::filesystem::Filesystem;
-use coppicefs::format::extent::ExtentValue;
-use coppicefs::format::namespace::{Dirent, DirentBucket, FileType, Inode};
-use coppicefs::format::space::{Backpointer, BucketState, DeviceUsage, FreeBucket};
-use coppicefs::format::{BtreeId, Position};
-use coppicefs::recovery::superblock;
+use coppicefs::format::Position;
+use coppicefs::format::namespace::{Dirent, DirentBucket, Inode};
+use coppicefs::format::{BtreeId, namespace};
 use coppicefs::transaction::{CommitOptions, Transaction};
 use coppicefs::units::{InodeNumber, SnapshotId};
 use coppicefs::{Error, Result};
 
 use crate::problem::Problem;
+use crate::report::Report;
 
-const LOST_AND_FOUND: &[u8] = b"lost+found";
+/// A range of a file that was lost: reading it is an error from now on.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Loss {
+    /// The file.
+    pub inode: u64,
+    /// First byte.
+    pub start: u64,
+    /// First byte after it.
+    pub end: u64,
+}
 
-/// Repairs what can be repaired of `problems`, and makes it durable. Returns how many were.
+/// What repairs came to.
+#[derive(Debug, Default)]
+pub struct Repairs {
+    /// Problems that were repaired.
+    pub count: usize,
+    /// What was lost by them, or before.
+    pub losses: Vec<Loss>,
+    /// Problems that could not be repaired, and why.
+    pub failed: Vec<(Problem, String)>,
+}
+
+/// Repairs what can be repaired of `chosen`, which are problems of `report`, and makes it durable.
 ///
 /// # Errors
 /// The device's, or a repair that could not be committed.
-pub fn repair(filesystem: &Filesystem, problems: &[Problem]) -> Result<usize> {
-    let mut repaired = 0;
-    let mut superblock_done = false;
-    for problem in problems.iter().filter(|problem| problem.is_repairable()) {
-        match problem {
-            Problem::SuperblockCopy { .. } => {
-                if !std::mem::replace(&mut superblock_done, true) {
-                    repair_superblock(filesystem)?;
-                }
+pub fn repair(filesystem: &Filesystem, report: &Report, chosen: &[Problem]) -> Result<Repairs> {
+    let mut repairs = Repairs::default();
+    let repairable = || chosen.iter().filter(|problem| problem.is_repairable());
+    // Space for nodes must be found by what the others do.
+    let in_order = repairable().filter(|problem| problem.is_of_space());
+    for problem in in_order.chain(repairable().filter(|problem| !problem.is_of_space())) {
+        match repair_one(filesystem, report, problem, &mut repairs.losses) {
+            Ok(()) => repairs.count += 1,
+            // Of one problem; a device that fails for good fails the checkpoint below, too.
+            Err(error) if error.is_media_error() || matches!(error, Error::Invalid(_)) => {
+                repairs.failed.push((problem.clone(), error.to_string()));
             }
-            // Reading a node whose copy is bad marks it to be written whole, elsewhere, by the checkpoint below.
-            Problem::NodeCopy { btree, from, .. } => {
-                filesystem.forest().get(*btree, *from)?;
-            }
-            // The checkpoint below is written over it.
-            Problem::CheckpointDamaged { .. } => {}
-            Problem::Unconnected { inode } => connect(filesystem, InodeNumber(*inode))?,
-            _ => {
-                let options = CommitOptions { raw: true, ..CommitOptions::reclaim() };
-                filesystem.transactions().run(options, |transaction| repair_key(transaction, problem))?;
-            }
+            Err(error) => return Err(error),
         }
-        repaired += 1;
     }
     filesystem.checkpoint()?;
-    Ok(repaired)
+    Ok(repairs)
 }
 
-fn repair_superblock(filesystem: &Filesystem) -> Result<()> {
-    let mut newest = filesystem.superblock().clone();
-    newest.sequence += 1;
-    for device in filesystem.devices() {
-        superblock::write(&**device, &newest)?;
+fn repair_one(filesystem: &Filesystem, report: &Report, problem: &Problem, losses: &mut Vec<Loss>) -> Result<()> {
+    match problem {
+        Problem::SuperblockCopy { .. } => nodes::repair_superblock(filesystem),
+        // The checkpoint that ends the round is written over it.
+        Problem::CheckpointDamaged { .. } => Ok(()),
+        Problem::NodeCopy { btree, from, level, .. } => filesystem.forest().rewrite_node(*btree, *level, *from),
+        Problem::NodeMap { .. } => nodes::correct_map(filesystem, report),
+        Problem::NodeUnreadable { btree, level, from, to, .. } => {
+            nodes::replace(filesystem, *btree, *level, (*from, *to), losses)
+        }
+        _ => {
+            let options = CommitOptions { raw: true, ..CommitOptions::reclaim() };
+            let committed = filesystem.transactions().run(options, |transaction| {
+                let mut repair = KeyRepair { filesystem, transaction, losses: Vec::new() };
+                repair.key(problem)?;
+                Ok(repair.losses)
+            })?;
+            losses.extend(committed.value);
+            Ok(())
+        }
     }
-    Ok(())
+}
+
+/// One repair in its transaction.
+struct KeyRepair<'r, 't> {
+    filesystem: &'r Filesystem,
+    transaction: &'r mut Transaction<'t>,
+    losses: Vec<Loss>,
+}
+
+impl KeyRepair<'_, '_> {
+    fn key(&mut self, problem: &Problem) -> Result<()> {
+        match problem {
+            Problem::KeyUndecodable { btree, position, .. } => self.undecodable(*btree, *position),
+            Problem::ExtentMisplaced { position, .. } => self.misplaced_extent(*position),
+            Problem::ExtentOverlap { position, .. } => self.overlapping_extent(*position),
+            Problem::ExtentPointer { position, .. } => self.wrong_pointer(*position),
+            Problem::ExtentStale { position, .. } => self.stale_extent(*position),
+            Problem::ExtentsShareSpace { position, other, .. } => self.shared_space(*position, *other),
+            Problem::ExtentWithoutInode { position } => self.ownerless_extent(*position),
+            Problem::InodeType { inode, .. } => self.inode_type(InodeNumber(*inode)),
+            Problem::RootMissing { .. } => self.root(),
+            Problem::DirentName { position, discriminator, .. } => self.dirent_name(*position, *discriminator),
+            Problem::DirentOwner { position, discriminator, .. } => self.ownerless_dirent(*position, *discriminator),
+            Problem::DirentDangling { position, discriminator, .. }
+            | Problem::DirectoryNamedTwice { position, discriminator, .. } => {
+                self.remove_dirent(*position, *discriminator).map(|_| ())
+            }
+            Problem::DirentType { position, discriminator, actual, .. } => {
+                self.dirent_type(*position, *discriminator, *actual)
+            }
+            Problem::XattrName { position, .. } => self.xattr_names(*position),
+            Problem::XattrOwner { position } => {
+                self.transaction.delete(BtreeId::Xattrs, *position);
+                Ok(())
+            }
+            Problem::Unconnected { inode } => self.connect(InodeNumber(*inode)),
+            Problem::ParentWrong { inode, found, .. } => {
+                self.change_inode(*inode, |stored| (stored.parent, stored.parent_hash) = *found)
+            }
+            Problem::OrphanDangling { inode } | Problem::OrphanLinked { inode, .. } => {
+                self.transaction.delete(BtreeId::Orphans, orphan_position(*inode));
+                Ok(())
+            }
+            Problem::OrphanMissing { inode } => {
+                self.transaction.put(BtreeId::Orphans, orphan_position(*inode), Vec::new());
+                Ok(())
+            }
+            other => self.count(other),
+        }
+    }
+
+    /// The inode's key, if it is one.
+    fn inode(&mut self, inode: u64) -> Result<Option<Inode>> {
+        let value = self.transaction.get(BtreeId::Inodes, inode_position(inode))?;
+        Ok(value.and_then(|value| Inode::decode(&value).ok()))
+    }
+
+    fn change_inode(&mut self, inode: u64, change: impl FnOnce(&mut Inode)) -> Result<()> {
+        if let Some(mut stored) = self.inode(inode)? {
+            change(&mut stored);
+            self.transaction.put(BtreeId::Inodes, inode_position(inode), stored.encode()?);
+        }
+        Ok(())
+    }
+
+    /// The entries at a position; none if they mean nothing.
+    fn dirents(&mut self, position: Position) -> Result<Vec<Dirent>> {
+        let stored = self.transaction.get(BtreeId::Dirents, position)?;
+        Ok(stored.and_then(|value| DirentBucket::decode(&value).ok()).unwrap_or_default().0)
+    }
+
+    fn put_dirents(&mut self, position: Position, mut bucket: Vec<Dirent>) {
+        let is_ascending = bucket.windows(2).all(|pair| matches!(pair, [a, b] if a.discriminator < b.discriminator));
+        if !is_ascending {
+            for (number, dirent) in (0..=u8::MAX).zip(&mut bucket) {
+                dirent.discriminator = number;
+            }
+        }
+        if bucket.is_empty() {
+            self.transaction.delete(BtreeId::Dirents, position);
+        } else {
+            self.transaction.put(BtreeId::Dirents, position, DirentBucket(bucket).encode());
+        }
+    }
 }
 
 fn device_position(device: u8, bucket: u64) -> Position {
@@ -72,208 +192,7 @@ fn inode_position(inode: u64) -> Position {
     Position::new(inode, 0, SnapshotId::ROOT.0)
 }
 
-fn repair_key(transaction: &mut Transaction<'_>, problem: &Problem) -> Result<()> {
-    match problem {
-        Problem::BackpointerMissing { extent, place } => {
-            let Some(value) = transaction.get(BtreeId::Extents, *extent)? else { return Ok(()) };
-            if let ExtentValue::Data(data) = ExtentValue::decode(&value)? {
-                let backpointer =
-                    Backpointer { btree: BtreeId::Extents, disk_bytes: data.disk_bytes, position: *extent };
-                transaction.put(BtreeId::Backpointers, *place, backpointer.encode());
-            }
-        }
-        Problem::BackpointerWrong { place, .. } => transaction.delete(BtreeId::Backpointers, *place),
-        Problem::InodeAllocated { inode, found, .. } => {
-            change_inode(transaction, *inode, |stored| stored.allocated_bytes = *found)?;
-        }
-        Problem::DirectorySize { inode, found, .. } => {
-            change_inode(transaction, *inode, |stored| stored.size = *found)?
-        }
-        Problem::LinkCount { inode, found, .. } => {
-            change_inode(transaction, *inode, |stored| stored.link_count = *found)?;
-        }
-        Problem::ParentWrong { inode, found, .. } => {
-            change_inode(transaction, *inode, |stored| (stored.parent, stored.parent_hash) = *found)?;
-        }
-        Problem::DirentDangling { position, discriminator, .. } => {
-            change_dirents(transaction, *position, |bucket| {
-                bucket.retain(|dirent| dirent.discriminator != *discriminator)
-            })?;
-        }
-        Problem::DirentType { position, discriminator, actual, .. } => {
-            let actual = FileType::from_stored(*actual)?;
-            change_dirents(transaction, *position, |bucket| {
-                for dirent in bucket.iter_mut().filter(|dirent| dirent.discriminator == *discriminator) {
-                    dirent.file_type = actual;
-                }
-            })?;
-        }
-        Problem::OrphanDangling { inode } | Problem::OrphanLinked { inode, .. } => {
-            transaction.delete(BtreeId::Orphans, orphan_position(*inode));
-        }
-        Problem::OrphanMissing { inode } => transaction.put(BtreeId::Orphans, orphan_position(*inode), Vec::new()),
-        Problem::BucketWrong { device, bucket, found, .. } => {
-            transaction.put(BtreeId::Buckets, device_position(*device, *bucket), found.encode());
-        }
-        Problem::FreeSpaceKey { device, bucket, state, .. } => {
-            let position = device_position(*device, *bucket);
-            match state {
-                BucketState::Free => {
-                    transaction.put(BtreeId::FreeSpace, position, FreeBucket { discarded: false }.encode());
-                }
-                _ => transaction.delete(BtreeId::FreeSpace, position),
-            }
-        }
-        Problem::FreeSpaceValue { device, bucket, .. } => {
-            let position = device_position(*device, *bucket);
-            // Gone if another problem says that it does not belong there.
-            if transaction.get(BtreeId::FreeSpace, position)?.is_some() {
-                transaction.put(BtreeId::FreeSpace, position, FreeBucket { discarded: false }.encode());
-            }
-        }
-        Problem::IndexKeyStray { btree, position } => transaction.delete(*btree, *position),
-        Problem::NeedDiscardKey { device, bucket, state, .. } => {
-            let position = device_position(*device, *bucket);
-            match state {
-                BucketState::NeedDiscard => transaction.put(BtreeId::NeedDiscard, position, Vec::new()),
-                _ => transaction.delete(BtreeId::NeedDiscard, position),
-            }
-        }
-        Problem::Untouched { device, bucket, .. } => {
-            let position = Position::new(u64::from(*device), 0, 0);
-            let stored = transaction.get(BtreeId::Devices, position)?;
-            let stored =
-                stored.map(|value| DeviceUsage::decode(&value)).transpose()?.map_or(0, |usage| usage.untouched_from);
-            let usage = DeviceUsage { untouched_from: stored.max(*bucket + 1) };
-            transaction.put(BtreeId::Devices, position, usage.encode());
-        }
-        Problem::Accounting { counter, stored, found } => transaction.account(*counter, found - stored),
-        other => return Err(Error::Bug(format!("no repair for {}", other.id()))),
-    }
-    Ok(())
-}
-
-fn change_inode(transaction: &mut Transaction<'_>, inode: u64, change: impl FnOnce(&mut Inode)) -> Result<()> {
-    let position = inode_position(inode);
-    if let Some(value) = transaction.get(BtreeId::Inodes, position)? {
-        let mut stored = Inode::decode(&value)?;
-        change(&mut stored);
-        transaction.put(BtreeId::Inodes, position, stored.encode()?);
-    }
-    Ok(())
-}
-
-fn change_dirents(
-    transaction: &mut Transaction<'_>,
-    position: Position,
-    change: impl FnOnce(&mut Vec<Dirent>),
-) -> Result<()> {
-    let stored = transaction.get(BtreeId::Dirents, position)?;
-    let mut bucket = stored.map(|value| DirentBucket::decode(&value)).transpose()?.unwrap_or_default();
-    change(&mut bucket.0);
-    if bucket.0.is_empty() {
-        transaction.delete(BtreeId::Dirents, position);
-    } else {
-        transaction.put(BtreeId::Dirents, position, bucket.encode());
-    }
-    Ok(())
-}
-
-/// Gives an inode a name in `lost+found`: its number, with a `#` before it. Link counts are set right by the next round.
-fn connect(filesystem: &Filesystem, inode: InodeNumber) -> Result<()> {
-    let now = filesystem.env().now();
-    filesystem.transactions().run(CommitOptions::reclaim(), |transaction| {
-        let Some(value) = transaction.get(BtreeId::Inodes, inode_position(inode.0))? else { return Ok(()) };
-        let mut lost = Inode::decode(&value)?;
-        let Some(file_type) = lost.file_type() else { return Ok(()) };
-        let directory = lost_and_found(filesystem, transaction, now)?;
-        if lost.parent != 0 && file_type == FileType::Directory {
-            unname(transaction, &lost, inode)?;
-        }
-        let name = format!("#{inode}").into_bytes();
-        let hash = add_name(filesystem, transaction, directory, &name, inode, file_type)?;
-        (lost.parent, lost.parent_hash) = (directory.0, hash);
-        transaction.put(BtreeId::Inodes, inode_position(inode.0), lost.encode()?);
-        Ok(())
-    })?;
-    Ok(())
-}
-
-/// Takes away the name of a directory in a loop, so that it has one name and not two.
-fn unname(transaction: &mut Transaction<'_>, lost: &Inode, inode: InodeNumber) -> Result<()> {
-    let position = Position::new(lost.parent, lost.parent_hash, SnapshotId::ROOT.0);
-    let mut removed = 0;
-    change_dirents(transaction, position, |bucket| {
-        let before = bucket.len();
-        bucket.retain(|dirent| dirent.inode != inode);
-        removed = before - bucket.len();
-    })?;
-    if removed > 0 {
-        change_inode(transaction, lost.parent, |parent| {
-            parent.size = parent.size.saturating_sub(1);
-            parent.link_count = parent.link_count.saturating_sub(1);
-        })?;
-    }
-    Ok(())
-}
-
-fn add_name(
-    filesystem: &Filesystem,
-    transaction: &mut Transaction<'_>,
-    directory: InodeNumber,
-    name: &[u8],
-    inode: InodeNumber,
-    file_type: FileType,
-) -> Result<u64> {
-    let hash = filesystem.namespace().hash(name);
-    let position = Position::new(directory.0, hash, SnapshotId::ROOT.0);
-    let mut added = false;
-    change_dirents(transaction, position, |bucket| {
-        if bucket.iter().all(|dirent| dirent.name != name) {
-            let discriminator = bucket.last().map_or(0, |last| last.discriminator.saturating_add(1));
-            bucket.push(Dirent { discriminator, file_type, inode, name: name.to_vec() });
-            added = true;
-        }
-    })?;
-    if added {
-        change_inode(transaction, directory.0, |parent| {
-            parent.size += 1;
-            if file_type == FileType::Directory {
-                parent.link_count += 1;
-            }
-        })?;
-    }
-    Ok(hash)
-}
-
-fn lost_and_found(filesystem: &Filesystem, transaction: &mut Transaction<'_>, now: Timestamp) -> Result<InodeNumber> {
-    let root = InodeNumber::ROOT;
-    let hash = filesystem.namespace().hash(LOST_AND_FOUND);
-    let position = Position::new(root.0, hash, SnapshotId::ROOT.0);
-    if let Some(value) = transaction.get(BtreeId::Dirents, position)? {
-        let bucket = DirentBucket::decode(&value)?;
-        if let Some(found) = bucket.0.iter().find(|dirent| dirent.name == LOST_AND_FOUND) {
-            if found.file_type == FileType::Directory {
-                return Ok(found.inode);
-            }
-            return Err(Error::Unusable("/lost+found is not a directory: rename it, then run fsck again".into()));
-        }
-    }
-    let largest = transaction.previous(BtreeId::Inodes, Position::MAX, Position::MIN)?;
-    let inode = InodeNumber(largest.map_or(root.0, |(position, _)| position.inode) + 1);
-    let directory = Inode {
-        mode: FileType::Directory.mode_bits() | 0o700,
-        link_count: 2,
-        generation: filesystem.env().random_u64(),
-        access_time: now.into(),
-        modification_time: now.into(),
-        change_time: now.into(),
-        birth_time: now.into(),
-        parent: root.0,
-        parent_hash: hash,
-        ..Inode::default()
-    };
-    transaction.put(BtreeId::Inodes, inode_position(inode.0), directory.encode()?);
-    add_name(filesystem, transaction, root, LOST_AND_FOUND, inode, FileType::Directory)?;
-    Ok(inode)
+/// Whether an inode of this type has extents.
+fn has_data(inode: &Inode) -> bool {
+    matches!(inode.file_type(), Some(namespace::FileType::Regular | namespace::FileType::Symlink) | None)
 }

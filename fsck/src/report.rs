@@ -2,13 +2,14 @@
 
 use std::time::Duration;
 
+use coppicefs::filesystem::KnownInUse;
 use serde::Serialize;
 
 use crate::damaged::Damaged;
 use crate::problem::{Problem, Severity};
 
 /// One pass that was run.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct PassReport {
     /// Its name.
     pub name: &'static str,
@@ -29,6 +30,28 @@ pub struct Report {
     pub inode_counts: [u64; 4],
     /// Bytes of file data on disk.
     pub data_bytes: u64,
+    /// What must not be written over by a repair, although the trees allow it.
+    pub known_in_use: KnownInUse,
+    /// Windows of inode numbers that the passes over names ran for.
+    pub windows: usize,
+    /// Most bytes that the tables of inodes took.
+    pub tables_peak_bytes: u64,
+    pub(crate) keys_of_windows: u64,
+}
+
+/// What a run came to, beside its first check's report.
+#[derive(Clone, Copy, Debug)]
+pub struct Summary<'a> {
+    /// The image.
+    pub target: &'a str,
+    /// Everything that was found.
+    pub problems: &'a [Problem],
+    /// Ranges of files that repairs have found lost.
+    pub lost: &'a [Damaged],
+    /// How many problems were repaired.
+    pub repaired: usize,
+    /// The exit code.
+    pub exit_code: u8,
 }
 
 #[derive(Serialize)]
@@ -53,6 +76,8 @@ struct JsonReport<'a> {
     repaired: usize,
     exit_code: u8,
     problems: Vec<JsonProblem>,
+    /// Ranges of files that repairs have found lost.
+    lost: &'a [Damaged],
     passes: Vec<JsonPass>,
     directories: u64,
     regular_files: u64,
@@ -97,11 +122,12 @@ impl Report {
         self.problems.is_empty()
     }
 
-    /// The report as one JSON object.
+    /// The report of a whole run as one JSON object.
     ///
     /// # Errors
     /// Never, in practice.
-    pub fn to_json(&self, target: &str, repaired: usize, exit_code: u8) -> serde_json::Result<String> {
+    pub fn to_json(&self, summary: &Summary<'_>) -> serde_json::Result<String> {
+        let Summary { target, problems, lost, repaired, exit_code } = *summary;
         let [directories, regular_files, symbolic_links, other_files] = self.inode_counts;
         let severity = |problem: &Problem| match problem.severity() {
             Severity::Minor => "minor",
@@ -110,11 +136,10 @@ impl Report {
         };
         serde_json::to_string_pretty(&JsonReport {
             target,
-            clean: self.is_clean(),
+            clean: problems.is_empty(),
             repaired,
             exit_code,
-            problems: self
-                .problems
+            problems: problems
                 .iter()
                 .map(|problem| JsonProblem {
                     id: problem.id(),
@@ -123,6 +148,7 @@ impl Report {
                     text: problem.describe(),
                 })
                 .collect(),
+            lost,
             passes: self
                 .passes
                 .iter()

@@ -6,16 +6,19 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use coppicefs::Result;
+use coppicefs::btree::{NodeReader, walk_published};
 use coppicefs::device::{Image, PlanOptions, SimDevice, SimOptions, Snapshot};
 use coppicefs::env::Env;
 use coppicefs::filesystem::{Filesystem, OpenOptions, WorkerSet};
+use coppicefs::format::extent::{DataExtent, ExtentValue};
 use coppicefs::format::journal::AccountingCounter;
 use coppicefs::format::namespace::{DirentBucket, Inode};
 use coppicefs::format::space::{Bucket, BucketState};
 use coppicefs::format::superblock::copy_offsets;
 use coppicefs::format::{BtreeId, Position};
+use coppicefs::metrics::Metrics;
 use coppicefs::transaction::{CommitOptions, Transaction};
-use coppicefs_fsck::{check, repair};
+use coppicefs_fsck::session::repair_all;
 use coppicefs_tests::crash::{Subject, seed_or};
 use coppicefs_tests::filesystem_subject::Coppice;
 use coppicefs_tests::limit::{Limit, lengthen};
@@ -68,20 +71,42 @@ fn made(subject: &Coppice) -> Image {
     device.image()
 }
 
-fn repaired(filesystem: &Filesystem) -> Result<()> {
-    for _ in 0..6 {
-        let problems = check(filesystem, &|_, _, _, _| {})?.problems;
-        if problems.is_empty() {
-            break;
-        }
-        repair::repair(filesystem, &problems)?;
-    }
+/// As `fsck -y` does it.
+fn repaired(device: &Arc<SimDevice>, seed: u64) -> Result<()> {
+    let options = OpenOptions { cache_bytes: 8 << 20, env: Some(Env::simulated(seed)), ..OpenOptions::default() };
+    let outcome = repair_all(&[Arc::clone(device) as _], &options)?;
+    assert!(outcome.left.is_empty(), "left after a repair: {:?}", outcome.left);
     Ok(())
+}
+
+/// What the repair has made of the keys of users, but for what is made by chance or the clock.
+fn keys(device: &Arc<SimDevice>) -> Vec<(BtreeId, Position, Vec<u8>)> {
+    let options = OpenOptions { read_only: true, cache_bytes: 8 << 20, ..OpenOptions::default() };
+    let options = OpenOptions { workers: WorkerSet::Essential, env: Some(Env::simulated(1)), ..options };
+    let filesystem = Filesystem::open(vec![Arc::clone(device) as _], &options).unwrap();
+    let mut all = Vec::new();
+    for btree in [BtreeId::Extents, BtreeId::Inodes, BtreeId::Dirents, BtreeId::Xattrs] {
+        for (position, value) in
+            filesystem.transactions().read().range(btree, Position::MIN, Position::MAX, usize::MAX).unwrap()
+        {
+            let value = if btree == BtreeId::Inodes {
+                let inode = Inode::decode(&value).unwrap();
+                let Inode { mode, link_count, size, allocated_bytes, parent, parent_hash, .. } = inode;
+                format!("{mode:o} {link_count} {size} {allocated_bytes} {parent} {parent_hash}").into_bytes()
+            } else {
+                value.to_vec()
+            };
+            all.push((btree, position, value));
+        }
+    }
+    filesystem.close().unwrap();
+    all
 }
 
 fn shown(subject: &Coppice, device: &Arc<SimDevice>) -> Tree {
     let mut mounted = subject.mount(device, 1).unwrap();
-    let tree = mounted.tree().unwrap();
+    // Not where data is lost: that is an error.
+    let tree = mounted.tree().unwrap_or_default();
     mounted.unmount().unwrap();
     tree
 }
@@ -95,11 +120,10 @@ fn survives(name: &str, subject: &Coppice, damaged: &Image) -> usize {
     let snapshots: Arc<Mutex<Vec<Snapshot>>> = Arc::default();
     let seen = Arc::clone(&snapshots);
     device.set_hook(move |device, _| seen.lock().unwrap_or_else(PoisonError::into_inner).push(device.snapshot()));
-    let filesystem = open(&device, seed);
-    repaired(&filesystem).unwrap();
-    filesystem.close().unwrap();
+    repaired(&device, seed).unwrap();
     device.clear_hook();
     assert_eq!(subject.check(&device).unwrap(), [""; 0], "{name}: undisturbed");
+    let expected_keys = keys(&device);
     let expected = shown(subject, &device);
     let snapshots = std::mem::take(&mut *snapshots.lock().unwrap_or_else(PoisonError::into_inner));
     let limit = if is_long() { 64 } else { 4 };
@@ -121,10 +145,9 @@ fn survives(name: &str, subject: &Coppice, damaged: &Image) -> usize {
             let before = device.image().content_hash();
             subject.check(&device).unwrap_or_else(|error| panic!("{at}: {error}"));
             assert_eq!(device.image().content_hash(), before, "{at}: the check changed the image");
-            let filesystem = open(&device, seed);
-            repaired(&filesystem).unwrap_or_else(|error| panic!("{at}: {error}"));
-            filesystem.close().unwrap();
+            repaired(&device, seed).unwrap_or_else(|error| panic!("{at}: {error}"));
             assert_eq!(subject.check(&device).unwrap(), [""; 0], "{at}");
+            assert!(keys(&device) == expected_keys, "{at}: other keys than an undisturbed repair leaves");
             let tree = shown(subject, &device);
             let differing = expected.iter().find(|(path, entry)| tree.get(*path) != Some(*entry)).map(|(path, _)| path);
             assert!(tree == expected, "{at}: shows something else, first at {differing:?}");
@@ -266,5 +289,126 @@ fn copies() {
     node.write(pointer.copies[0].offset, &[0; 4096]);
     for (name, damaged) in [("a copy of the superblock", &superblock), ("a copy of a node", &node)] {
         survives(name, &subject, damaged);
+    }
+}
+
+/// The first extent of a file, which is in a bucket.
+fn extent_of(transaction: &mut Transaction<'_>, file: &Position) -> Result<(Position, DataExtent)> {
+    let (from, to) = (Position::new(file.inode, 0, 0), Position::new(file.inode, u64::MAX, u32::MAX));
+    let (position, value) = transaction.next(BtreeId::Extents, from, to)?.expect("an extent");
+    match ExtentValue::decode(&value)? {
+        ExtentValue::Data(data) => Ok((position, data)),
+        other => panic!("{position} is {other:?}"),
+    }
+}
+
+/// What is contradictory, or means nothing.
+#[test]
+fn contradictions() {
+    if is_long() {
+        lengthen(10);
+    }
+    let subject = Coppice::default();
+    let image = made(&subject);
+    let undecodable = damaged(&image, |transaction| {
+        let files = files(transaction)?;
+        let (position, _) = extent_of(transaction, &files[0].0)?;
+        transaction.put(BtreeId::Extents, position, vec![0xee; 7]);
+        transaction.put(BtreeId::Dirents, dirent_of(&files[1].1), vec![0xee; 7]);
+        Ok(())
+    });
+    let inodes_gone = damaged(&image, |transaction| {
+        for (position, _) in files(transaction)?.into_iter().take(2) {
+            transaction.delete(BtreeId::Inodes, position);
+        }
+        Ok(())
+    });
+    let folder_gone = damaged(&image, |transaction| {
+        let folder = files(transaction)?[0].1.parent;
+        transaction.delete(BtreeId::Inodes, Position::new(folder, 0, SNAPSHOT));
+        Ok(())
+    });
+    let root_gone = damaged(&image, |transaction| {
+        transaction.delete(BtreeId::Inodes, Position::new(1, 0, SNAPSHOT));
+        Ok(())
+    });
+    let stale = damaged(&image, |transaction| {
+        for (number, (file, _)) in files(transaction)?.iter().take(2).enumerate() {
+            let (position, mut data) = extent_of(transaction, file)?;
+            data.pointers[0].generation += 1;
+            // Of one the data is there, of the other not.
+            data.checksums.iter_mut().for_each(|checksum| *checksum ^= number as u64);
+            transaction.put(BtreeId::Extents, position, ExtentValue::Data(data).encode());
+        }
+        Ok(())
+    });
+    let shared = damaged(&image, |transaction| {
+        let files = files(transaction)?;
+        let (position, mut data) = extent_of(transaction, &files[0].0)?;
+        data.pointers[0] = extent_of(transaction, &files[1].0)?.1.pointers[0];
+        transaction.put(BtreeId::Extents, position, ExtentValue::Data(data).encode());
+        Ok(())
+    });
+    let elsewhere = damaged(&image, |transaction| {
+        let files = files(transaction)?;
+        let (position, mut data) = extent_of(transaction, &files[0].0)?;
+        data.pointers[0].offset = 1 << 40;
+        transaction.put(BtreeId::Extents, position, ExtentValue::Data(data).encode());
+        let at = dirent_of(&files[1].1);
+        let value = transaction.get(BtreeId::Dirents, at)?.expect("its entry").to_vec();
+        transaction.delete(BtreeId::Dirents, at);
+        transaction.put(BtreeId::Dirents, Position { offset: at.offset ^ 1, ..at }, value);
+        Ok(())
+    });
+    let mut images = 0;
+    for (name, damaged) in [
+        ("keys that mean nothing", &undecodable),
+        ("files without inodes", &inodes_gone),
+        ("a directory without an inode", &folder_gone),
+        ("no root", &root_gone),
+        ("stale pointers", &stale),
+        ("shared space", &shared),
+        ("a pointer to nowhere, a name elsewhere", &elsewhere),
+    ] {
+        images += survives(name, &subject, damaged);
+    }
+    assert!(images > 50, "only {images} different images");
+}
+
+/// A leaf of which no copy is left, for each tree that has several.
+#[test]
+fn lost_leaves() {
+    if is_long() {
+        lengthen(10);
+    }
+    let subject = Coppice::default();
+    let device = device_of(made(&subject), 1);
+    let mut mounted = subject.mount(&device, 1).unwrap();
+    for file in 0..400_u32 {
+        let path = format!("/d0/more with a long name {file}");
+        mounted.perform(&Operation::Create { path: path.clone(), mode: 0o644 }).unwrap();
+        mounted.perform(&Operation::Write { path, offset: 0, length: 5000, tag: file + 1 }).unwrap();
+    }
+    mounted.unmount().unwrap();
+    let image = device.image();
+    let filesystem = open(&device, 1);
+    let superblock = Arc::new(filesystem.superblock().clone());
+    let reader = NodeReader::new(superblock, filesystem.devices().to_vec(), Arc::new(Metrics::default()));
+    let mut leaves = std::collections::BTreeMap::new();
+    walk_published(&reader, &filesystem.opening().newest, &mut |node| {
+        if node.level == 0 && node.minimum > Position::MIN {
+            leaves.entry(node.btree).or_insert_with(|| node.pointer.copies.clone());
+        }
+        Ok(())
+    })
+    .unwrap();
+    filesystem.close().unwrap();
+    assert!(leaves.len() >= 3, "trees with several leaves: {:?}", leaves.keys());
+    for (btree, copies) in leaves {
+        let mut damaged = image.clone();
+        for copy in copies {
+            damaged.write(copy.offset, &[0; 4096]);
+        }
+        survives(&format!("a leaf of {}", btree.name()), &subject, &damaged);
     }
 }

@@ -1,5 +1,6 @@
 //! Damaged media, by seed: a small populated image with some sectors or some keys changed is opened, walked, read, repaired and checked.
-//! Errors are answers; a panic, a hang, or a check that writes is a failure.
+//! Errors are answers; a panic, a hang, or a check that writes is a failure. After `fsck -y` a second check finds nothing, or the first said that it
+//! takes a rebuild.
 //!
 //! `COPPICE_FUZZ_IMAGES` (160) is how many images of each kind, `COPPICE_SEED` the first one's seed.
 
@@ -19,7 +20,7 @@ use coppicefs::format::{BtreeId, Position};
 use coppicefs::transaction::{CommitOptions, Transaction};
 use coppicefs::vfs::{Attributes, Caller, Emitted, Lookup, ReadRequest, Vfs, WriteRequest};
 use coppicefs::{Error, Result};
-use coppicefs_fsck::{check, repair};
+use coppicefs_fsck::session::repair_all;
 use coppicefs_tests::crash::{Subject, seed_or};
 use coppicefs_tests::filesystem_subject::Coppice;
 use coppicefs_tests::limit::Limit;
@@ -172,30 +173,13 @@ impl Walk<'_> {
     }
 }
 
-/// As `fsck -y` does it.
-fn repair_all(device: &Arc<SimDevice>) -> Result<bool> {
-    let filesystem =
-        Filesystem::open(vec![Arc::clone(device) as _], &OpenOptions { workers: WorkerSet::Essential, ..options() })?;
-    let outcome = (|| {
-        for _ in 0..6 {
-            let problems = check(&filesystem, &|_, _, _, _| {})?.problems;
-            if problems.iter().all(|problem| !problem.is_repairable()) {
-                return Ok(problems.is_empty());
-            }
-            repair::repair(&filesystem, &problems)?;
-        }
-        Ok(false)
-    })();
-    let closed = filesystem.close();
-    outcome.and_then(|clean| closed.map(|()| clean))
-}
-
 /// What became of the images.
 #[derive(Default)]
 struct Outcomes {
     opened: AtomicU64,
     shown: AtomicU64,
     repaired: AtomicU64,
+    rebuild: AtomicU64,
 }
 
 /// One image: errors are fine, whatever they say.
@@ -210,17 +194,31 @@ fn try_one(subject: &Coppice, image: Image, seed: u64, outcomes: &Outcomes) {
     let shown = walk(&device_of(image.clone()));
     outcomes.shown.fetch_add(u64::from(shown.is_ok_and(|errors| errors.is_empty())), Ordering::Relaxed);
     let device = device_of(image);
-    if repair_all(&device).is_ok_and(|clean| clean) {
-        outcomes.repaired.fetch_add(1, Ordering::Relaxed);
-        let problems = subject.check(&device).unwrap_or_else(|error| panic!("seed {seed}: after a repair: {error}"));
-        assert!(problems.is_empty(), "seed {seed}: repaired, but then the check finds {problems:?}");
-        // The data of files is not what fsck looks at: a bad block stays one.
-        let errors = walk(&device).unwrap_or_else(|error| panic!("seed {seed}: repaired, but does not mount: {error}"));
-        let errors: Vec<_> = errors.iter().filter(|(_, error)| !error.is_media_error()).collect();
-        assert!(errors.is_empty(), "seed {seed}: repaired, but then {errors:?}");
-        let problems = subject.check(&device).unwrap_or_else(|error| panic!("seed {seed}: after use: {error}"));
-        assert!(problems.is_empty(), "seed {seed}: repaired and used, but then the check finds {problems:?}");
+    match repair_all(&[Arc::clone(&device) as _], &options()) {
+        Ok(outcome) if !outcome.needs_rebuild() => {
+            assert!(outcome.left.is_empty(), "seed {seed}: left by fsck -y: {:?}", outcome.left);
+        }
+        // Exit 8, naming --rebuild.
+        Ok(_) => {
+            outcomes.rebuild.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
+        Err(error) => {
+            let is_damage = error.is_media_error() || matches!(error, Error::Unusable(_));
+            assert!(is_damage && checked.is_err(), "seed {seed}: fsck -y: {error}");
+            outcomes.rebuild.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
     }
+    outcomes.repaired.fetch_add(1, Ordering::Relaxed);
+    let problems = subject.check(&device).unwrap_or_else(|error| panic!("seed {seed}: after a repair: {error}"));
+    assert!(problems.is_empty(), "seed {seed}: repaired, but then the check finds {problems:?}");
+    // The data of files is not what fsck looks at: a bad block stays one.
+    let errors = walk(&device).unwrap_or_else(|error| panic!("seed {seed}: repaired, but does not mount: {error}"));
+    let errors: Vec<_> = errors.iter().filter(|(_, error)| !error.is_media_error()).collect();
+    assert!(errors.is_empty(), "seed {seed}: repaired, but then {errors:?}");
+    let problems = subject.check(&device).unwrap_or_else(|error| panic!("seed {seed}: after use: {error}"));
+    assert!(problems.is_empty(), "seed {seed}: repaired and used, but then the check finds {problems:?}");
 }
 
 /// Tries images on as many threads as there are processors, and says what became of them.
@@ -250,11 +248,12 @@ fn try_all(what: &str, damage: impl Fn(u64, &mut Random) -> Image + Sync) -> Out
         }
     });
     println!(
-        "{what}: {images} images in {:.1} s: {} could be checked, {} showed everything, {} were repaired",
+        "{what}: {images} images in {:.1} s: {} could be checked, {} showed everything, {} were repaired, {} take a rebuild",
         start.elapsed().as_secs_f64(),
         outcomes.opened.load(Ordering::Relaxed),
         outcomes.shown.load(Ordering::Relaxed),
         outcomes.repaired.load(Ordering::Relaxed),
+        outcomes.rebuild.load(Ordering::Relaxed),
     );
     outcomes
 }

@@ -26,6 +26,7 @@ mod merge;
 mod node;
 mod node_space;
 mod reader;
+mod repair;
 mod run;
 mod scrub;
 mod serialise;
@@ -60,6 +61,7 @@ pub use descent::Around;
 pub use locking::LockedLeaves;
 pub use log::{CheckpointLog, LogBoundary};
 pub use reader::NodeReader;
+pub use repair::UsedSlots;
 pub use scrub::{CheckpointHold, NodeCursor, ScrubFinding, Scrubbed};
 pub use walk::{PublishedNode, walk_published};
 

@@ -144,6 +144,31 @@ impl NodeSpace {
         Ok(())
     }
 
+    /// Takes over what was found by looking at the newest checkpoint's trees, in place of what its map says. Buckets without a node stay claimed.
+    ///
+    /// # Errors
+    /// If there can be no such slots; then nothing is taken over.
+    pub fn correct_newest(&mut self, used: &[(u8, u64, u64)]) -> Result<()> {
+        for &(device, bucket, slots) in used {
+            let exists = self.bucket_counts.get(usize::from(device)).is_some_and(|&count| bucket < count);
+            if !exists || slots & !self.mask() != 0 {
+                let problem = format!("bucket {bucket} of device {device}: slots {slots:#x}");
+                return Err(Error::corrupt("pointers to nodes", problem));
+            }
+        }
+        for slots in self.buckets.values_mut() {
+            slots.newest = 0;
+        }
+        for &(device, bucket, used) in used.iter().filter(|(.., slots)| *slots != 0) {
+            self.insert((device, bucket), None, |slots| slots.newest = used);
+        }
+        let keys: Vec<BucketKey> = self.buckets.keys().copied().collect();
+        for key in keys {
+            self.refresh(key);
+        }
+        Ok(())
+    }
+
     /// Takes over what the map of the checkpoint before says.
     pub fn load_previous(&mut self, entries: &[MapEntry]) {
         for entry in entries {

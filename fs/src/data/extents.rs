@@ -97,7 +97,9 @@ impl Shape {
         }
     }
 
-    fn problem(&self, end: u64, value: &ExtentValue) -> Option<String> {
+    /// What is wrong with an extent that ends at `end`, as far as it can be seen without looking elsewhere.
+    #[must_use]
+    pub fn problem(&self, end: u64, value: &ExtentValue) -> Option<String> {
         let block = u64::from(self.block_bytes);
         let length = value.length();
         if length > end {

@@ -348,7 +348,10 @@ impl Data {
             let Some((extent, data)) = found.get(raw.found).and_then(|f| Some((&f.extent, f.data()?))) else {
                 continue;
             };
-            let Some(pointer) = data.pointers.first() else { continue };
+            let Some(pointer) = data.pointers.first() else {
+                raw.landed = Err(lost(extent.start()));
+                continue;
+            };
             targets.push(Target {
                 offset: pointer.offset + (raw.segment.offset - extent.start()),
                 buffer: &mut *raw.segment.buffer,
@@ -448,7 +451,7 @@ impl Data {
             };
             first_error.get_or_insert(error);
         }
-        let error = first_error.unwrap_or_else(|| Error::Bug("an extent without pointers".into()));
+        let error = first_error.unwrap_or_else(|| lost(offset));
         self.report_damage(inode, offset, &error);
         Err(error)
     }
@@ -636,6 +639,11 @@ pub(super) fn block_is_good(data: &DataExtent, number: u64, bytes: &[u8]) -> boo
     }
     let expected = usize::try_from(number).ok().and_then(|number| data.checksums.get(number));
     expected == Some(&data.checksum_kind.compute(bytes))
+}
+
+/// Why data without a copy cannot be read.
+fn lost(offset: u64) -> Error {
+    Error::corrupt(format!("data at byte {offset}"), "fsck has found it lost")
 }
 
 fn damage(inode: InodeNumber, offset: u64, kind: ChecksumKind, computed: u64, expected: Option<u64>) -> Corruption {

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use format::FormatOptions;
-pub use open::{InspectedLog, OpenOptions, WorkerSet};
+pub use open::{InspectedLog, KnownInUse, OpenOptions, WorkerSet};
 
 use crate::alloc::Usage;
 use crate::btree::{CheckpointReason, Forest, Opening};

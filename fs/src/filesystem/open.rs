@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::{CHECKPOINT_IDLE, Filesystem, FormatOptions, format};
 use crate::alloc::{Reserves, TestSwitches};
-use crate::btree::{CheckpointLog, CheckpointReason, Forest, ForestConfig, NodeReader, Opening};
+use crate::btree::{CheckpointLog, CheckpointReason, Forest, ForestConfig, NodeReader, Opening, UsedSlots};
 use crate::data::{Compression, Data, DataOptions};
 use crate::device::{BlockDevice, CheckedDevice, FileDevice, FileOptions, is_same_image};
 use crate::env::{Env, Worker};
@@ -29,7 +29,7 @@ use crate::space::Space;
 use crate::sync::Mutex;
 use crate::sync::atomic::AtomicU64;
 use crate::transaction::{CommitOptions, Transaction, Transactions};
-use crate::units::{InodeNumber, SnapshotId};
+use crate::units::{BucketIndex, DeviceIndex, InodeNumber, SnapshotId};
 use crate::vfs::{AccessTime, Vfs, VfsConfig, VfsOptions};
 use crate::workers::{OnFailure, WorkerThreads};
 
@@ -79,6 +79,18 @@ pub struct OpenOptions {
     pub synchronous: bool,
     /// Changes of names are durable when they return.
     pub directory_synchronous: bool,
+    /// What is in use, whatever the trees say.
+    pub known_in_use: KnownInUse,
+}
+
+/// What a check of the filesystem found to be in use although the trees say otherwise. To be known before anything is written: a checkpoint could
+/// else go over it.
+#[derive(Clone, Debug, Default)]
+pub struct KnownInUse {
+    /// Buckets: device and number.
+    pub buckets: Vec<(u8, u64)>,
+    /// All slots that hold nodes, with the number of the checkpoint whose they are, if the node-space map says something else.
+    pub slots: Option<(u64, Vec<UsedSlots>)>,
 }
 
 impl Default for OpenOptions {
@@ -98,6 +110,7 @@ impl Default for OpenOptions {
             kernel_delays_writes: false,
             synchronous: false,
             directory_synchronous: false,
+            known_in_use: KnownInUse::default(),
         }
     }
 }
@@ -391,6 +404,9 @@ impl Filesystem {
             Arc::clone(&env),
             Arc::clone(&metrics),
         )?;
+        if let Some((number, slots)) = &options.known_in_use.slots {
+            forest.correct_used_slots(*number, slots)?;
+        }
         let with_triggers = options.switches.triggers_in_replay;
         let replayed = if with_triggers { replay_index(&forest, &log)? } else { replay(&forest, &log)? };
         let journal = Journal::open(config, start, Arc::clone(&env), Arc::clone(&metrics))?;
@@ -410,6 +426,8 @@ impl Filesystem {
             Arc::clone(&metrics),
             options.switches,
         )?;
+        let in_use = options.known_in_use.buckets.iter();
+        space.withhold(&in_use.map(|&(device, bucket)| (DeviceIndex(device), BucketIndex(bucket))).collect::<Vec<_>>());
         forest.set_node_buckets(space.node_buckets());
         if with_triggers {
             replay_with_triggers(&transactions, &log)?;
@@ -577,7 +595,8 @@ impl Filesystem {
         }
         let on_failure = latch_on_failure(&self.vfs);
         *self.workers.lock() = Some(WorkerThreads::start(&self.env, workers, &on_failure)?);
-        if self.replayed.keys > 0 {
+        // fsck looks first what may be written over.
+        if self.replayed.keys > 0 && options.workers == WorkerSet::All {
             self.forest.checkpoint(&*log, CheckpointReason::Requested)?;
         }
         if options.workers == WorkerSet::All {

@@ -9,6 +9,8 @@ use crate::units::DeviceIndex;
 
 /// Most bytes of file data that one extent covers.
 pub const EXTENT_BYTES_MAX: u32 = 1 << 20;
+/// Most bytes of a file that one key says are lost: see [`DataExtent::lost`].
+pub const LOST_BYTES_MAX: u32 = 1 << 30;
 /// Most bytes of file data in one compressed frame.
 pub const FRAME_BYTES_MAX: u32 = 1 << 18;
 
@@ -26,9 +28,9 @@ pub struct ExtentPointer {
 /// Data in buckets.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DataExtent {
-    /// Bytes of file data, a multiple of the block size, at most [`EXTENT_BYTES_MAX`].
+    /// Bytes of file data, a multiple of the block size, at most [`EXTENT_BYTES_MAX`]; without a copy, [`LOST_BYTES_MAX`].
     pub length: u32,
-    /// The copies, 1 to 4, all with the same bytes.
+    /// The copies, at most 4, all with the same bytes. None: the data is lost, and reading it is an error until it is written again.
     pub pointers: SmallVec<[ExtentPointer; 1]>,
     /// How the stored bytes are compressed.
     pub compression: CompressionKind,
@@ -47,12 +49,28 @@ pub struct DataExtent {
 }
 
 impl DataExtent {
+    /// What stands for `length` bytes of a file whose data is lost: fsck puts it there, so that nobody takes zeros for what was written.
+    #[must_use]
+    pub fn lost(length: u32) -> Self {
+        Self {
+            length,
+            pointers: SmallVec::new(),
+            compression: CompressionKind::None,
+            disk_bytes: length,
+            stream_bytes: length,
+            frame_bytes: length,
+            frame_offset: 0,
+            checksum_kind: ChecksumKind::None,
+            checksums: Vec::new(),
+        }
+    }
+
     /// Bytes of disk space that this extent is charged with: all it stores, or for a part of a compressed frame
     /// what the part would take alone at most. Never 0, so a bucket with a live part never counts as empty; and never less than
-    /// rewriting the part alone can need, so that copygc cannot need more than is charged.
+    /// rewriting the part alone can need, so that copygc cannot need more than is charged. 0 for lost data, which is in no bucket.
     #[must_use]
     pub fn charged_bytes(&self) -> u32 {
-        self.disk_bytes.min(self.length)
+        if self.pointers.is_empty() { 0 } else { self.disk_bytes.min(self.length) }
     }
 }
 
@@ -165,10 +183,18 @@ impl ExtentValue {
         let compression = CompressionKind::from_stored(reader.u8()?)?;
         let checksum_kind = ChecksumKind::from_stored(reader.u8()?)?;
         let pointer_count = reader.u8()?;
-        if !(1..=4).contains(&pointer_count) {
-            return Err(reader.problem(format!("{pointer_count} pointers, 1 to 4 expected")));
+        if pointer_count > 4 {
+            return Err(reader.problem(format!("{pointer_count} pointers, at most 4 expected")));
         }
         let length = reader.u32()?;
+        if pointer_count == 0 {
+            reader.finish()?;
+            let is_plain = compression == CompressionKind::None && checksum_kind == ChecksumKind::None;
+            if !is_plain || length == 0 || length > LOST_BYTES_MAX {
+                return Err(Corruption::new("extent", format!("{length} bytes of data, and no pointer")));
+            }
+            return Ok(DataExtent::lost(length));
+        }
         let mut pointers = SmallVec::new();
         for _ in 0..pointer_count {
             pointers.push(ExtentPointer {

@@ -34,13 +34,16 @@ pub struct InodeAllocator {
 }
 
 impl InodeAllocator {
-    /// Starts above the largest inode key.
+    /// Starts above the largest inode key; where that cannot be read, in the middle of all numbers, which nobody has ever reached by counting.
     ///
     /// # Errors
-    /// Those of reading the tree.
+    /// Those of reading the tree that are no damage.
     pub fn open(transaction: &mut Transaction<'_>) -> Result<Self> {
-        let last = transaction.previous(BtreeId::Inodes, Position::MAX, Position::MIN)?;
-        let largest = last.map_or(0, |(position, _)| position.inode).max(InodeNumber::ROOT.0);
+        let largest = match transaction.previous(BtreeId::Inodes, Position::MAX, Position::MIN) {
+            Ok(last) => last.map_or(0, |(position, _)| position.inode).max(InodeNumber::ROOT.0),
+            Err(error) if error.is_media_error() => InodeNumber::MAX.0 / 2,
+            Err(error) => return Err(error),
+        };
         Ok(Self { next: AtomicU64::new(largest + 1) })
     }
 

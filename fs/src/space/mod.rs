@@ -372,6 +372,15 @@ impl Space {
         bucket_of(&self.transactions, (device, bucket))
     }
 
+    /// Keeps buckets from ever being opened, claimed, freed or discarded, whatever the trees say of them: for fsck, which has found that they hold
+    /// something.
+    pub fn withhold(&self, buckets: &[BucketKey]) {
+        for &key in buckets {
+            // Whoever has it already is us.
+            let _ = self.allocator.hold(key);
+        }
+    }
+
     /// The workers that free emptied buckets and punch holes.
     #[must_use]
     pub fn workers(self: &Arc<Self>) -> Vec<Arc<dyn Worker>> {

@@ -13,7 +13,7 @@ pub(super) fn run(checker: &mut Checker<'_>) -> Result<()> {
     }
     let totals = checker.filesystem.totals();
     for counter in AccountingCounter::ALL {
-        checker.examined += 1;
+        checker.examine(1);
         let found = checker.state.totals.get(&(counter as u16)).copied().unwrap_or(0);
         let stored = totals.get(counter);
         if stored != found {

@@ -13,7 +13,11 @@ use crate::problem::Problem;
 
 type BucketKey = (u8, u64);
 
+/// Trees that say where space is, by bucket.
+const BUCKET_TREES: [BtreeId; 3] = [BtreeId::Buckets, BtreeId::FreeSpace, BtreeId::NeedDiscard];
+
 pub(super) fn run(checker: &mut Checker<'_>) -> Result<()> {
+    keep_lost_buckets(checker);
     let free = index_keys(checker, BtreeId::FreeSpace)?;
     let need_discard = index_keys(checker, BtreeId::NeedDiscard)?;
     let mut keys: BTreeSet<BucketKey> = checker.state.stored_buckets.keys().copied().collect();
@@ -22,10 +26,27 @@ pub(super) fn run(checker: &mut Checker<'_>) -> Result<()> {
     keys.extend(&free);
     keys.extend(&need_discard);
     for (device, bucket) in keys {
-        checker.examined += 1;
+        checker.examine(1);
         check_bucket(checker, (device, bucket), &free, &need_discard);
     }
     check_untouched(checker, &free)
+}
+
+/// Nothing is known of buckets whose keys are in lost nodes: none of them may be used until they are known again.
+fn keep_lost_buckets(checker: &mut Checker<'_>) {
+    let members = &checker.filesystem.superblock().members;
+    let mut kept = Vec::new();
+    for (first, last) in BUCKET_TREES.iter().filter_map(|btree| checker.state.lost.get(&(*btree as u8))).flatten() {
+        for (device, member) in (0..=u8::MAX).zip(members) {
+            let device_number = u64::from(device);
+            if (first.inode..=last.inode).contains(&device_number) {
+                let from = if first.inode == device_number { first.offset } else { 0 };
+                let to = if last.inode == device_number { last.offset.saturating_add(1) } else { u64::MAX };
+                kept.extend((from..to.min(member.bucket_count)).map(|bucket| (device, bucket)));
+            }
+        }
+    }
+    checker.state.in_use_buckets.append(&mut kept);
 }
 
 /// The buckets that a tree of buckets names.
@@ -50,10 +71,13 @@ fn index_keys(checker: &mut Checker<'_>, btree: BtreeId) -> Result<BTreeSet<Buck
 }
 
 /// The bucket whose key stands at a position, if there is one.
-fn bucket_at(checker: &Checker<'_>, position: Position) -> Option<BucketKey> {
+pub(super) fn bucket_at(checker: &Checker<'_>, position: Position) -> Option<BucketKey> {
     let device = u8::try_from(position.inode).ok()?;
-    let member = checker.filesystem.superblock().members.get(usize::from(device))?;
-    let is_bucket = position.offset < member.bucket_count && position.snapshot == 0;
+    let superblock = checker.filesystem.superblock();
+    let member = superblock.members.get(usize::from(device))?;
+    let is_bucket = position.offset < member.bucket_count
+        && position.snapshot == 0
+        && !superblock.is_reserved(device, position.offset);
     is_bucket.then_some((device, position.offset))
 }
 
@@ -64,7 +88,8 @@ fn check_bucket(
     need_discard: &BTreeSet<BucketKey>,
 ) {
     let (device, bucket) = key;
-    let stored = checker.state.stored_buckets.get(&key).copied().unwrap_or(Bucket::UNUSED);
+    let known = checker.state.stored_buckets.get(&key).copied();
+    let stored = known.unwrap_or(Bucket::UNUSED);
     let charged = checker.state.data_buckets.get(&key).copied().unwrap_or(0);
     let nodes = checker.state.metadata_buckets.contains_key(&key);
     let state = match (charged > 0, nodes, stored.state) {
@@ -73,10 +98,22 @@ fn check_bucket(
         (false, false, BucketState::NeedDiscard) => BucketState::NeedDiscard,
         // A bucket that was claimed for nodes and holds none that is published yet stays claimed.
         (false, false, BucketState::Metadata) => BucketState::Metadata,
-        (false, false, BucketState::Data) => BucketState::NeedDiscard,
-        (false, false, other) => other,
+        (false, false, BucketState::Data | BucketState::Reserved) => BucketState::NeedDiscard,
+        (false, false, BucketState::Free) => BucketState::Free,
     };
-    let found = Bucket { state, charged_bytes: charged, ..stored };
+    let generation = match known {
+        // A bucket that is emptied begins a new generation.
+        Some(stored) if state == BucketState::NeedDiscard && stored.state == BucketState::Data => {
+            stored.generation.wrapping_add(1)
+        }
+        Some(stored) => stored.generation,
+        None => checker.state.generations.get(&key).copied().unwrap_or(0),
+    };
+    let found = Bucket { state, generation, charged_bytes: charged };
+    let is_listed = free.contains(&key) || need_discard.contains(&key);
+    if matches!(state, BucketState::Data | BucketState::Metadata) && (is_listed || stored.state != state) {
+        checker.state.in_use_buckets.push(key);
+    }
     if found != stored {
         checker.report(Problem::BucketWrong { device, bucket, stored, found });
     }

@@ -1,5 +1,5 @@
-//! Checks: what is noted for deletion exists and has no name; what has no link is noted. Collects: the orphans, and inodes of
-//! logged operations. An orphan is work that a record has promised, and counts as clean.
+//! Checks: what is noted for deletion exists and has no name; what has no link is noted. Logged operations mean something. Collects: the orphans of
+//! the window. An orphan is work that a record has promised, and counts as clean.
 
 use coppicefs::Result;
 use coppicefs::format::BtreeId;
@@ -9,22 +9,24 @@ use super::Checker;
 use crate::problem::Problem;
 
 pub(super) fn run(checker: &mut Checker<'_>) -> Result<()> {
-    checker.for_each_batch(BtreeId::LoggedOperations, |checker, keys| {
-        for (position, value) in keys {
-            match LoggedOperation::decode(&value) {
-                Ok(operation) => {
-                    checker.state.logged.insert(operation.inode());
+    if checker.state.window.first == 0 {
+        checker.for_each_batch(BtreeId::LoggedOperations, |checker, keys| {
+            for (position, value) in keys {
+                if let Err(error) = LoggedOperation::decode(&value) {
+                    checker.undecodable(BtreeId::LoggedOperations, position, &error);
                 }
-                Err(error) => checker.undecodable(BtreeId::LoggedOperations, position, &error),
             }
-        }
-        Ok(())
-    })?;
+            Ok(())
+        })?;
+    }
     checker.for_each_batch(BtreeId::Orphans, |checker, keys| {
         for (position, _) in keys {
             let inode = position.offset;
+            if !checker.state.window.contains(inode) {
+                continue;
+            }
             checker.state.orphans.insert(inode);
-            match checker.state.inodes.get(&inode).map(|facts| facts.names) {
+            match checker.state.inode(inode).map(|facts| facts.names) {
                 None => checker.report(Problem::OrphanDangling { inode }),
                 Some(0) => {}
                 Some(links) => checker.report(Problem::OrphanLinked { inode, links }),
@@ -32,14 +34,10 @@ pub(super) fn run(checker: &mut Checker<'_>) -> Result<()> {
         }
         Ok(())
     })?;
-    let mut missing: Vec<u64> = checker
-        .state
-        .inodes
-        .iter()
-        .filter(|(inode, facts)| facts.link_count == 0 && facts.names == 0 && !checker.state.orphans.contains(inode))
-        .map(|(inode, _)| *inode)
-        .collect();
-    missing.sort_unstable();
+    let state = &checker.state;
+    let is_missing = |inode: u64| !state.orphans.contains(&inode);
+    let nameless = state.inodes().iter().filter(|facts| facts.link_count == 0 && facts.names == 0);
+    let missing: Vec<u64> = nameless.map(|facts| facts.inode).filter(|inode| is_missing(*inode)).collect();
     for inode in missing {
         checker.report(Problem::OrphanMissing { inode });
     }

@@ -9,7 +9,7 @@ use crate::problem::Problem;
 pub(super) fn run(checker: &mut Checker<'_>) -> Result<()> {
     for device in checker.filesystem.devices() {
         let found = superblock::read(&**device)?;
-        checker.examined += 3;
+        checker.examine(3);
         for (offset, reason) in found.stale_copies {
             checker.report(Problem::SuperblockCopy { offset, reason });
         }

@@ -4,7 +4,7 @@ use std::sync::{Arc, OnceLock};
 
 use coppicefs::device::{BlockDevice, Image, SimDevice, SimOptions};
 use coppicefs::env::Env;
-use coppicefs::filesystem::{Filesystem, OpenOptions, WorkerSet};
+use coppicefs::filesystem::OpenOptions;
 use coppicefs::format::checkpoint::{Checkpoint, RECORD_SLOT_BYTES, RECORD_SLOTS};
 use coppicefs::format::key::{pack, unpack};
 use coppicefs::format::node::{BsetHeader, HEADER_BYTES, NodeHeader, NodePointer};
@@ -302,18 +302,9 @@ fn expected() -> Tree {
 
 /// As `fsck -y` does it. Whether it is clean then.
 fn repair(device: &Arc<SimDevice>) -> Result<bool> {
-    let options = OpenOptions {
-        cache_bytes: 8 << 20,
-        env: Some(Env::simulated(1)),
-        workers: WorkerSet::Essential,
-        ..OpenOptions::default()
-    };
-    let filesystem = Filesystem::open(vec![Arc::clone(device) as _], &options)?;
-    let outcome = coppicefs_fsck::check(&filesystem, &|_, _, _, _| {})
-        .and_then(|report| coppicefs_fsck::repair::repair(&filesystem, &report.problems))
-        .and_then(|_| coppicefs_fsck::check(&filesystem, &|_, _, _, _| {}));
-    let closed = filesystem.close();
-    outcome.and_then(|report| closed.map(|()| report.is_clean()))
+    let options = OpenOptions { cache_bytes: 8 << 20, env: Some(Env::simulated(1)), ..OpenOptions::default() };
+    let outcome = coppicefs_fsck::session::repair_all(&[Arc::clone(device) as _], &options)?;
+    Ok(outcome.left.is_empty())
 }
 
 /// One change of each kind.

@@ -1,0 +1,119 @@
+//! Checks: no two extents share space, but for the parts of one compressed frame; every backpointer leads to an extent that has it. Backpointers stand in
+//! the order of the device, so neighbours are all that is compared. Collects nothing.
+
+use coppicefs::Result;
+use coppicefs::format::extent::{DataExtent, ExtentPointer, ExtentValue};
+use coppicefs::format::space::Backpointer;
+use coppicefs::format::superblock::{Geometry, Superblock};
+use coppicefs::format::{BtreeId, Position};
+
+use super::{Checker, unless_damaged};
+use crate::problem::Problem;
+use crate::state::PhysicalRange;
+
+pub(super) fn run(checker: &mut Checker<'_>) -> Result<()> {
+    let mut others = std::mem::take(&mut checker.state.without_backpointer);
+    others.sort_unstable();
+    let mut found = 0;
+    checker.for_each_batch(BtreeId::Backpointers, |_, keys| {
+        found += keys.len() as u64;
+        Ok(())
+    })?;
+    // Every expected backpointer was looked up: if all were there, and there are no more, all are right. Else each must prove itself.
+    let all_are_right = others.is_empty() && found == checker.state.backpointers_expected;
+    let bucket_bytes = u64::from(checker.filesystem.superblock().geometry.bucket_bytes);
+    let mut others = others.into_iter().peekable();
+    let mut neighbours = Neighbours { furthest: None };
+    checker.for_each_batch(BtreeId::Backpointers, |checker, keys| {
+        for (place, value) in keys {
+            let reason = if all_are_right { None } else { wrong_backpointer(checker, place, &value)? };
+            if let Some(reason) = reason {
+                checker.report(Problem::BackpointerWrong { place, reason });
+                continue;
+            }
+            let Ok(backpointer) = Backpointer::decode(&value) else { continue };
+            let range = range_of(place, &backpointer, bucket_bytes);
+            while let Some(other) = others.next_if(|other| *other <= range) {
+                neighbours.pass(checker, other);
+            }
+            neighbours.pass(checker, range);
+        }
+        Ok(())
+    })?;
+    others.for_each(|other| neighbours.pass(checker, other));
+    Ok(())
+}
+
+fn range_of(place: Position, backpointer: &Backpointer, bucket_bytes: u64) -> PhysicalRange {
+    let bucket = place.inode & ((1 << 48) - 1);
+    PhysicalRange {
+        device: u8::try_from(place.inode >> 48).unwrap_or(u8::MAX),
+        offset: bucket.saturating_mul(bucket_bytes).saturating_add(place.offset >> 32),
+        bytes: backpointer.disk_bytes,
+        block: u32::try_from(place.offset & u64::from(u32::MAX)).unwrap_or(0),
+        position: backpointer.position,
+    }
+}
+
+/// Ranges in the order of the device.
+struct Neighbours {
+    /// The one that reaches furthest so far.
+    furthest: Option<PhysicalRange>,
+}
+
+impl Neighbours {
+    fn pass(&mut self, checker: &mut Checker<'_>, range: PhysicalRange) {
+        let end = |range: &PhysicalRange| (range.device, range.offset.saturating_add(u64::from(range.bytes)));
+        if let Some(other) = self.furthest.filter(|other| share_space(other, &range)) {
+            checker.report(Problem::ExtentsShareSpace {
+                position: range.position,
+                other: other.position,
+                device: range.device,
+                offset: range.offset,
+            });
+        }
+        if self.furthest.is_none_or(|other| end(&range) >= end(&other)) {
+            self.furthest = Some(range);
+        }
+    }
+}
+
+/// Whether two ranges overlap, other than as different parts of one compressed frame. The first starts no later.
+fn share_space(first: &PhysicalRange, second: &PhysicalRange) -> bool {
+    let one_frame = (first.offset, first.bytes) == (second.offset, second.bytes) && first.block != second.block;
+    first.device == second.device
+        && first.offset.saturating_add(u64::from(first.bytes)) > second.offset
+        && first.position != second.position
+        && !one_frame
+}
+
+fn wrong_backpointer(checker: &Checker<'_>, place: Position, value: &[u8]) -> Result<Option<String>> {
+    let backpointer = match Backpointer::decode(value) {
+        Ok(backpointer) => backpointer,
+        Err(error) => return Ok(Some(error.to_string())),
+    };
+    let extent = match unless_damaged(checker.filesystem.forest().get(backpointer.btree, backpointer.position))? {
+        Ok(Some(value)) => ExtentValue::decode(&value),
+        Ok(None) => return Ok(Some(format!("there is no extent that ends at {}", backpointer.position))),
+        Err(_) => return Ok(None),
+    };
+    let superblock = checker.filesystem.superblock();
+    let leads_back = matches!(&extent, Ok(ExtentValue::Data(data)) if data.pointers.iter().any(|pointer| {
+        backpointer_place(superblock, backpointer.position, data, pointer) == place
+    }));
+    Ok((!leads_back).then(|| format!("the extent that ends at {} is elsewhere", backpointer.position)))
+}
+
+/// Where the backpointer of one copy of an extent stands: by the format's document, not by the code that writes it.
+pub(crate) fn backpointer_place(
+    superblock: &Superblock,
+    position: Position,
+    data: &DataExtent,
+    pointer: &ExtentPointer,
+) -> Position {
+    let Geometry { bucket_bytes, block_bytes, .. } = superblock.geometry;
+    let bucket = pointer.offset / u64::from(bucket_bytes);
+    let within = pointer.offset % u64::from(bucket_bytes);
+    let block = u64::from(data.frame_offset / block_bytes);
+    Position::new(u64::from(pointer.device.0) << 48 | bucket, within << 32 | block, position.snapshot)
+}

@@ -1,0 +1,263 @@
+//! The corpus: for each kind of problem, damage that is made through the real code or on the medium; found, repaired by a first run of the program, and
+//! gone in a second; what `-n` lists is what `-y` repairs; what was not damaged is untouched.
+
+#[path = "corpus/cases.rs"]
+mod cases;
+#[path = "corpus/ground.rs"]
+mod ground;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::process::Command;
+use std::sync::LazyLock;
+
+use cases::{CASES, Case, LOST_LEAVES};
+use coppicefs::device::Image;
+use coppicefs::format::BtreeId;
+use coppicefs_fsck::problem::IDS;
+use coppicefs_fsck::state::FACTS_BYTES;
+use coppicefs_fsck::{CheckOptions, Report, check, check_with};
+use ground::{Ground, ROOT, Shown, changed_inodes, device_of, keys, open, shown};
+
+static GROUND: LazyLock<Ground> = LazyLock::new(Ground::made);
+
+fn report(image: &Image) -> Report {
+    let filesystem = open(&device_of(image), true).unwrap();
+    let report = check(&filesystem, &|_, _, _, _| {}).unwrap();
+    filesystem.close().unwrap();
+    report
+}
+
+fn ids(report: &Report) -> BTreeSet<&'static str> {
+    report.problems.iter().map(coppicefs_fsck::Problem::id).collect()
+}
+
+/// What the program says, cut to what a person reads.
+struct Said(serde_json::Value);
+
+impl std::fmt::Display for Said {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        for problem in self.0["problems"].as_array().into_iter().flatten().take(12) {
+            write!(f, "\n    {}: {}", problem["id"], problem["text"])?;
+        }
+        write!(f, "\n    lost: {:.300}", self.0["lost"].to_string())
+    }
+}
+
+/// Runs the program. Its exit code, and what it says as JSON.
+fn fsck(image: &Path, mode: &str) -> (i32, Said) {
+    let output = Command::new("timeout")
+        .args(["60", env!("CARGO_BIN_EXE_fsck-coppice"), mode, "--json"])
+        .arg(image)
+        .output()
+        .unwrap();
+    let said = String::from_utf8(output.stdout).unwrap();
+    let said = serde_json::from_str(&said)
+        .unwrap_or_else(|error| panic!("{error}: {said}{}", String::from_utf8_lossy(&output.stderr)));
+    (output.status.code().unwrap(), Said(said))
+}
+
+/// Runs `-n`, `-y` and `-n` on a damaged image, and returns what `-y` left and said.
+fn repaired(name: &str, damaged: &Image) -> (Image, Said) {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("image");
+    damaged.to_file(&file).unwrap();
+    let (code, shown) = fsck(&file, "-n");
+    assert_eq!(code, 4, "{name}: -n: {shown}");
+    assert_eq!(Image::from_file(&file).unwrap().content_hash(), damaged.content_hash(), "{name}: -n has written");
+    let (code, said) = fsck(&file, "-y");
+    assert_eq!(code, 1, "{name}: -y: {said}");
+    for part in ["problems", "lost"] {
+        assert!(shown.0[part] == said.0[part], "{name}: -n and -y give different lists:{shown}\n{said}");
+    }
+    let (code, clean) = fsck(&file, "-n");
+    assert_eq!(code, 0, "{name}: -n after -y: {clean}; it was {said}");
+    (Image::from_file(&file).unwrap(), said)
+}
+
+fn name_of(case: &Case) -> String {
+    format!("{} ({})", case.id, case.name)
+}
+
+fn proves(case: &Case) {
+    let ground = &*GROUND;
+    let name = name_of(case);
+    let damaged = case.image(ground);
+    if case.takes_rebuild {
+        return takes_rebuild(case, &damaged);
+    }
+    let found = ids(&report(&damaged));
+    let expected: BTreeSet<_> = case.follows.iter().copied().chain([case.id]).collect();
+    assert!(found == expected, "{name}: found\n{found:?}, expected\n{expected:?}");
+    let (image, said) = repaired(&name, &damaged);
+    // Files.
+    let after = shown(&image);
+    let in_lost_and_found: BTreeSet<String> = case.comes.iter().map(|path| path.to_string()).collect();
+    let gone = case.goes.first().map(|path| ground.inode(path).to_string()).unwrap_or_default();
+    let comes: BTreeSet<String> = in_lost_and_found.iter().map(|path| path.replace("INODE", &gone)).collect();
+    let goes: BTreeSet<String> = case.goes.iter().map(|path| path.to_string()).collect();
+    let paths = |shown: &BTreeMap<String, Shown>| shown.keys().cloned().collect::<BTreeSet<_>>();
+    assert_eq!(&paths(&after) - &paths(&ground.shown), comes, "{name}: come: {said}");
+    assert_eq!(&paths(&ground.shown) - &paths(&after), goes, "{name}: go: {said}");
+    for (path, before) in &ground.shown {
+        let Some(after) = after.get(path) else { continue };
+        let is_touched = case.touches.contains(&path.as_str());
+        assert!(is_touched || after == before, "{name}: {path} has changed");
+        let lost = if case.lost.contains(&path.as_str()) {
+            let (position, data) = cases::extent_of(ground, path);
+            (position.offset - u64::from(data.length)) as usize / 4096..position.offset.div_ceil(4096) as usize
+        } else {
+            0..0
+        };
+        let unreadable: Vec<usize> =
+            after.content.iter().enumerate().filter(|(_, block)| block.is_none()).map(|(index, _)| index).collect();
+        assert_eq!(unreadable, lost.clone().collect::<Vec<_>>(), "{name}: unreadable blocks of {path}: {said}");
+        assert!(reads_as_before(after, before), "{name}: {path} has other content");
+        assert!(lost.is_empty() || is_named(&said, before), "{name}: {path} has lost data, and is not named: {said}");
+    }
+    // Keys.
+    let keys = keys(&image);
+    let largest = ground.all(BtreeId::Inodes).iter().map(|(position, _)| position.inode).max().unwrap();
+    let touched: BTreeSet<u64> =
+        case.touches.iter().map(|path| if *path == "/" { ROOT } else { ground.inode(path) }).collect();
+    let changed = changed_inodes(&ground.keys, &keys);
+    let others: Vec<_> = changed.iter().filter(|inode| **inode <= largest && !touched.contains(inode)).collect();
+    assert!(others.is_empty(), "{name}: keys of inodes {others:?} have changed");
+}
+
+/// What can be read is what was there. The size of a file whose inode was gone is known to a block.
+fn reads_as_before(after: &Shown, before: &Shown) -> bool {
+    after.content.len() == before.content.len()
+        && after.content.iter().zip(&before.content).all(|(after, before)| match (after, before) {
+            (Some(after), Some(before)) => after.starts_with(before),
+            _ => true,
+        })
+}
+
+/// Whether a file is among those that lost data, by any of its names.
+fn is_named(said: &Said, file: &Shown) -> bool {
+    let mut lost = said.0["lost"].as_array().unwrap().iter();
+    lost.any(|lost| lost["inode"] == file.inode && lost["path"].as_str().unwrap().starts_with('/'))
+}
+
+fn takes_rebuild(case: &Case, damaged: &Image) {
+    let name = name_of(case);
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("image");
+    damaged.to_file(&file).unwrap();
+    for mode in ["-n", "-y"] {
+        let (code, said) = fsck(&file, mode);
+        assert_eq!(code, 8, "{name}: {mode}: {said}");
+        assert_eq!(said.0["problems"][0]["id"], case.id, "{name}: {mode}: {said}");
+        let output = Command::new(env!("CARGO_BIN_EXE_fsck-coppice")).arg(mode).arg(&file).output().unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(text.contains("--rebuild"), "{name}: {mode}: {text}");
+        assert_eq!(
+            Image::from_file(&file).unwrap().content_hash(),
+            damaged.content_hash(),
+            "{name}: {mode} has written"
+        );
+    }
+}
+
+/// Some cases, by their place in the table: so that they run beside each other. All of them run, whichever fails.
+fn proves_part(part: usize, parts: usize) {
+    let mine = CASES.iter().enumerate().filter(|(index, _)| index % parts == part);
+    let failed: Vec<String> = mine
+        .filter(|(_, case)| std::panic::catch_unwind(|| proves(case)).is_err())
+        .map(|(_, case)| name_of(case))
+        .collect();
+    assert!(failed.is_empty(), "failed: {failed:#?}");
+}
+
+#[test]
+fn cases_0() {
+    proves_part(0, 2);
+}
+
+#[test]
+fn cases_1() {
+    proves_part(1, 2);
+}
+
+#[test]
+fn every_problem_has_a_case() {
+    let leaves = ["node-unreadable"];
+    let covered: BTreeSet<_> = CASES.iter().map(|case| case.id).chain(leaves).collect();
+    let all: BTreeSet<_> = IDS.iter().copied().collect();
+    assert_eq!(covered, all);
+}
+
+/// Of a leaf that is gone, what it held is lost, and said; what other leaves hold of the same files is as it was, and what cannot be read is an
+/// error and no zeros.
+#[test]
+fn lost_leaves() {
+    let ground = &*GROUND;
+    for (tree, btree, damage) in LOST_LEAVES {
+        let mut damaged = ground.image.clone();
+        damage(ground, &mut damaged);
+        let found = report(&damaged);
+        assert!(ids(&found).contains("node-unreadable"), "{tree}: {:?}", found.problems);
+        let (image, said) = repaired(tree, &damaged);
+        let after = shown(&image);
+        let by_inode: BTreeMap<u64, &Shown> = after.values().map(|shown| (shown.inode, shown)).collect();
+        let (mut whole, mut lost) = (0, 0);
+        for (path, before) in &ground.shown {
+            let Some(after) = by_inode.get(&before.inode) else {
+                assert_eq!(*btree, BtreeId::Inodes, "{tree}: {path} is gone");
+                continue;
+            };
+            assert!(reads_as_before(after, before), "{tree}: {path} reads as something that it never held");
+            if after.content.iter().any(Option::is_none) {
+                lost += 1;
+                assert!(is_named(&said, before), "{tree}: {path} is not named: {said}");
+            } else {
+                whole += 1;
+            }
+        }
+        println!("{tree}: {whole} files and links whole, {lost} with lost data, of {}", ground.shown.len());
+        assert!(whole > 0 && (lost > 0) == (*btree == BtreeId::Extents), "{tree}: {whole} whole, {lost} lost");
+        if matches!(btree, BtreeId::Backpointers | BtreeId::Xattrs) {
+            assert_eq!(whole, ground.shown.len(), "{tree}: {said}");
+        }
+    }
+}
+
+/// With little memory the names are looked at several times, and what is found is the same.
+#[test]
+fn windows_of_inodes_find_the_same() {
+    let ground = &*GROUND;
+    let options = CheckOptions { memory_bytes: 0 };
+    for case in CASES.iter().filter(|case| !case.takes_rebuild) {
+        let name = name_of(case);
+        let filesystem = open(&device_of(&case.image(ground)), true).unwrap();
+        let at_once = check(&filesystem, &|_, _, _, _| {}).unwrap();
+        let furthest = std::sync::Mutex::new((0, 0));
+        let bounded = check_with(&filesystem, &options, &|at| {
+            let mut furthest = furthest.lock().unwrap();
+            assert!(at.done >= furthest.0 && at.done <= at.total, "{name}: {at:?}");
+            *furthest = (at.done, at.total);
+        })
+        .unwrap();
+        filesystem.close().unwrap();
+        assert!(at_once.windows == 1 && bounded.windows >= 4, "{} and {} windows", at_once.windows, bounded.windows);
+        let inodes = at_once.inode_counts.iter().sum::<u64>();
+        let index = 24 * inodes;
+        assert!(bounded.tables_peak_bytes <= index + 64 * FACTS_BYTES, "{} bytes", bounded.tables_peak_bytes);
+        assert!(at_once.tables_peak_bytes >= (inodes - 2) * FACTS_BYTES, "{} bytes", at_once.tables_peak_bytes);
+        let said = |report: &Report| -> BTreeSet<String> {
+            report.problems.iter().map(|problem| format!("{}: {}", problem.id(), problem.describe())).collect()
+        };
+        assert_eq!(said(&bounded), said(&at_once), "{name}");
+        let (done, total) = *furthest.lock().unwrap();
+        assert!(done * 10 >= total * 9, "{name}: it ended at {done} of {total}");
+    }
+}
+
+#[test]
+fn little_memory_is_refused() {
+    let output =
+        Command::new(env!("CARGO_BIN_EXE_fsck-coppice")).args(["--memory", "1K", "/nothing"]).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.code() == Some(16) && said.contains("at least 16 MiB"), "{said}");
+}
