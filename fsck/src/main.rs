@@ -5,11 +5,11 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use coppicefs_fsck::cli::{Arguments, EXIT_USAGE, in_one_line, run};
+use coppicefs_fsck::cli::{Arguments, EXIT_CODES, EXIT_USAGE, in_one_line, run};
 
 /// Checks a coppice filesystem, and repairs it.
 #[derive(Parser)]
-#[command(name = "fsck-coppice", version)]
+#[command(name = "fsck-coppice", version, after_help = EXIT_CODES)]
 struct Command {
     #[command(flatten)]
     arguments: Arguments,

@@ -243,13 +243,13 @@ impl Checker<'_> {
 /// # Errors
 /// Only what makes checking itself impossible: an I/O error of a kind that is not damage, a shutdown. Damage is in the report.
 pub fn check_with(filesystem: &Filesystem, options: &CheckOptions, progress: OnProgress<'_>) -> Result<Report> {
-    let mut report = Report::default();
-    report.passes = PASSES.iter().map(|pass| PassReport { name: pass.name, ..PassReport::default() }).collect();
+    let passes = PASSES.iter().map(|pass| PassReport { name: pass.name, ..PassReport::default() }).collect();
+    let mut report = Report { passes, ..Report::default() };
     let work = Work { progress, done: AtomicU64::new(0), total: AtomicU64::new(0) };
     let mut state = State::default();
     let windowed = || PASSES.iter().enumerate().filter(|(_, pass)| pass.is_windowed);
     let first = windowed().next().map_or(0, |(index, _)| index);
-    let last = windowed().last().map_or(0, |(index, _)| index);
+    let last = windowed().next_back().map_or(0, |(index, _)| index);
     for (number, _) in PASSES.iter().enumerate().take(first) {
         run_pass(filesystem, number, &work, &mut state, &mut report)?;
     }

@@ -3,6 +3,8 @@
 
 #[path = "corpus/cases.rs"]
 mod cases;
+#[path = "corpus/damage.rs"]
+mod damage;
 #[path = "corpus/ground.rs"]
 mod ground;
 
@@ -13,7 +15,9 @@ use std::sync::LazyLock;
 
 use cases::{CASES, Case, LOST_LEAVES};
 use coppicefs::device::Image;
-use coppicefs::format::BtreeId;
+use coppicefs::format::extent::ExtentValue;
+use coppicefs::format::{BtreeId, Position};
+use coppicefs::transaction::CommitOptions;
 use coppicefs_fsck::problem::IDS;
 use coppicefs_fsck::state::FACTS_BYTES;
 use coppicefs_fsck::{CheckOptions, Report, check, check_with};
@@ -104,7 +108,7 @@ fn proves(case: &Case) {
         let is_touched = case.touches.contains(&path.as_str());
         assert!(is_touched || after == before, "{name}: {path} has changed");
         let lost = if case.lost.contains(&path.as_str()) {
-            let (position, data) = cases::extent_of(ground, path);
+            let (position, data) = damage::extent_of(ground, path);
             (position.offset - u64::from(data.length)) as usize / 4096..position.offset.div_ceil(4096) as usize
         } else {
             0..0
@@ -260,4 +264,48 @@ fn little_memory_is_refused() {
         Command::new(env!("CARGO_BIN_EXE_fsck-coppice")).args(["--memory", "1K", "/nothing"]).output().unwrap();
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(output.status.code() == Some(16) && said.contains("at least 16 MiB"), "{said}");
+}
+
+/// Below a lost interior node all leaves are whole, and a scan finds them: nothing is repaired, least of all what would be counted without them.
+#[test]
+fn a_lost_interior_node_takes_a_rebuild() {
+    let ground = &*GROUND;
+    let inode = ground.inode("/folder 0 0/file 20");
+    let device = device_of(&ground.image);
+    let filesystem = open(&device, false).unwrap();
+    let raw = CommitOptions { raw: true, ..CommitOptions::default() };
+    // Held blocks with holes between: as many extents as make three levels.
+    for batch in 0..90_u64 {
+        let commit = filesystem.transactions().run(raw, |transaction| {
+            for number in 0..400 {
+                let end = (20 + 2 * (batch * 400 + number)) * 4096;
+                let value = ExtentValue::Unwritten { length: 4096 };
+                transaction.put(BtreeId::Extents, Position::new(inode, end, ground::SNAPSHOT), value.encode());
+            }
+            Ok(())
+        });
+        commit.unwrap();
+    }
+    filesystem.close().unwrap();
+    let mut damaged = device.image();
+    let interior = ground::nodes_of(&damaged, BtreeId::Extents, 1);
+    let (.., copies) = interior.first().expect("three levels");
+    copies.iter().for_each(|copy| damaged.write(*copy, &[0; 4096]));
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("image");
+    damaged.to_file(&file).unwrap();
+    let (code, said) = fsck(&file, "-y");
+    let problems = said.0["problems"].as_array().unwrap();
+    assert_eq!((code, &said.0["repaired"]), (8, &0.into()), "{said}");
+    assert!(problems[0]["id"] == "node-unreadable" && problems[0]["repairable"] == false, "{said}");
+    let output = Command::new(env!("CARGO_BIN_EXE_fsck-coppice")).arg("-y").arg(&file).output().unwrap();
+    assert!(String::from_utf8(output.stdout).unwrap().contains("--rebuild"), "{said}");
+    // All leaves are where they were.
+    let after = Image::from_file(&file).unwrap();
+    for (.., copies) in ground::nodes_of(&device.image(), BtreeId::Extents, 0) {
+        let [mut before, mut now] = [vec![0; 16 << 10], vec![0; 16 << 10]];
+        device.image().read(copies[0], &mut before);
+        after.read(copies[0], &mut now);
+        assert!(before == now, "the leaf at byte {} has changed", copies[0]);
+    }
 }

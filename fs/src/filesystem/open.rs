@@ -588,8 +588,8 @@ impl Filesystem {
         let log: Arc<dyn CheckpointLog> = Arc::clone(&self.journal) as _;
         let mut workers: Vec<Arc<dyn Worker>> = self.journal.workers();
         workers.push(self.forest.checkpoint_worker(Arc::clone(&log), CHECKPOINT_IDLE));
-        workers.extend(self.space.workers());
         if options.workers == WorkerSet::All {
+            workers.extend(self.space.workers());
             workers.push(self.data.copygc_worker());
             workers.extend(self.vfs.workers());
         }

@@ -38,6 +38,12 @@ impl KeyRepair<'_, '_> {
         Ok(value.and_then(|value| ExtentValue::decode(&value).ok()))
     }
 
+    /// The extent at a position, if it can be cut: one that cannot be is another problem, whose repair takes it away.
+    fn sound_extent(&mut self, position: Position) -> Result<Option<ExtentValue>> {
+        let shape = self.filesystem.data().shape();
+        Ok(self.extent(position)?.filter(|extent| shape.problem(position.offset, extent).is_none()))
+    }
+
     fn put_extent(&mut self, position: Position, end: u64, value: &ExtentValue) {
         self.transaction.put(BtreeId::Extents, Position { offset: end, ..position }, value.encode());
     }
@@ -97,7 +103,7 @@ impl KeyRepair<'_, '_> {
 
     /// What is left of an extent where the ones that end before it cover it, too. Held space that holds no data gives way to data.
     pub(super) fn overlapping_extent(&mut self, position: Position) -> Result<()> {
-        let Some(value) = self.extent(position)? else { return Ok(()) };
+        let Some(value) = self.sound_extent(position)? else { return Ok(()) };
         let block_bytes = self.block_bytes();
         let mut pieces = vec![Extent { end: position.offset, value }];
         let Some(start) = pieces.first().and_then(|extent| extent.end.checked_sub(extent.value.length())) else {
@@ -119,7 +125,8 @@ impl KeyRepair<'_, '_> {
             if is_data && let Some(empty) = decoded.filter(|decoded| !has_bytes(decoded)) {
                 let kept = other.offset.saturating_sub(length)..start.min(other.offset);
                 self.transaction.delete(BtreeId::Extents, other);
-                if kept.start < kept.end {
+                let is_cuttable = self.filesystem.data().shape().problem(other.offset, &empty).is_none();
+                if kept.start < kept.end && is_cuttable {
                     let left = part(&empty, 0, kept.end - kept.start, block_bytes)?;
                     self.put_extent(other, kept.end, &left);
                 }
@@ -168,7 +175,7 @@ impl KeyRepair<'_, '_> {
     /// The generations do not fit: the data may be there all the same. If some of it is, the pointer is made to fit, and the blocks that are not fail
     /// their checksums when they are read.
     pub(super) fn stale_extent(&mut self, position: Position) -> Result<()> {
-        let Some(ExtentValue::Data(mut data)) = self.extent(position)? else { return Ok(()) };
+        let Some(ExtentValue::Data(mut data)) = self.sound_extent(position)? else { return Ok(()) };
         let Some(pointer) = data.pointers.first().copied() else { return Ok(()) };
         let bucket_bytes = u64::from(self.filesystem.superblock().geometry.bucket_bytes);
         let bucket = device_position(pointer.device.0, pointer.offset / bucket_bytes);
@@ -221,7 +228,7 @@ impl KeyRepair<'_, '_> {
     /// backpointer names, else with the other.
     pub(super) fn shared_space(&mut self, position: Position, other: Position) -> Result<()> {
         let (Some(ExtentValue::Data(first)), Some(ExtentValue::Data(second))) =
-            (self.extent(other)?, self.extent(position)?)
+            (self.sound_extent(other)?, self.sound_extent(position)?)
         else {
             return Ok(());
         };

@@ -156,23 +156,27 @@ impl Ground {
 
     /// Nodes of a tree at a level: range and copies, but for the root.
     pub fn nodes(&self, btree: BtreeId, level: u8) -> Vec<(Position, Position, Vec<u64>)> {
-        let device = device_of(&self.image);
-        let filesystem = open(&device, true).unwrap();
-        let superblock = Arc::new(filesystem.superblock().clone());
-        let reader = NodeReader::new(superblock, filesystem.devices().to_vec(), Arc::new(Metrics::default()));
-        let mut found = Vec::new();
-        walk_published(&reader, &filesystem.opening().newest, &mut |node| {
-            let is_root = node.minimum == Position::MIN && node.limit.is_none();
-            if node.btree == btree && node.level == level && !is_root {
-                let last = node.limit.and_then(Position::predecessor).unwrap_or(Position::MAX);
-                found.push((node.minimum, last, node.copies.iter().map(|(copy, _)| copy.offset).collect()));
-            }
-            Ok(())
-        })
-        .unwrap();
-        filesystem.close().unwrap();
-        found
+        nodes_of(&self.image, btree, level)
     }
+}
+
+/// Nodes of a tree at a level: range and copies, but for the root.
+pub fn nodes_of(image: &Image, btree: BtreeId, level: u8) -> Vec<(Position, Position, Vec<u64>)> {
+    let filesystem = open(&device_of(image), true).unwrap();
+    let superblock = Arc::new(filesystem.superblock().clone());
+    let reader = NodeReader::new(superblock, filesystem.devices().to_vec(), Arc::new(Metrics::default()));
+    let mut found = Vec::new();
+    walk_published(&reader, &filesystem.opening().newest, &mut |node| {
+        let is_root = node.minimum == Position::MIN && node.limit.is_none();
+        if node.btree == btree && node.level == level && !is_root {
+            let last = node.limit.and_then(Position::predecessor).unwrap_or(Position::MAX);
+            found.push((node.minimum, last, node.copies.iter().map(|(copy, _)| copy.offset).collect()));
+        }
+        Ok(())
+    })
+    .unwrap();
+    filesystem.close().unwrap();
+    found
 }
 
 /// Changes keys with no trigger, and closes.
