@@ -309,3 +309,20 @@ fn a_lost_interior_node_takes_a_rebuild() {
         assert!(before == now, "the leaf at byte {} has changed", copies[0]);
     }
 }
+
+/// A lost range is an error until it is written again; then all is as if nothing had been.
+#[test]
+fn what_is_lost_can_be_written_again() {
+    let ground = &*GROUND;
+    let case = CASES.iter().find(|case| case.id == "extent-pointer").unwrap();
+    let (image, _) = repaired(&name_of(case), &case.image(ground));
+    let path = case.lost[0];
+    let before = shown(&image);
+    assert!(before[path].content[0].is_none() && before[path].content[1].is_some());
+    let data = ground::content(77, 4096);
+    let image = ground::with_block_written(&image, ground.inode(path), &data);
+    let after = shown(&image);
+    assert_eq!(after[path].content[0].as_ref(), Some(&data));
+    assert_eq!(after[path].content[1..], before[path].content[1..]);
+    assert!(report(&image).is_clean(), "{:?}", report(&image).problems);
+}

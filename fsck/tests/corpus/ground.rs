@@ -189,6 +189,31 @@ pub fn with_keys(image: &Image, change: &dyn Fn(&mut Transaction<'_>) -> Result<
     device.image()
 }
 
+/// Writes the first block of a file as a mount would.
+pub fn with_block_written(image: &Image, inode: u64, data: &[u8]) -> Image {
+    let device = device_of(image);
+    let filesystem = Filesystem::open(vec![Arc::clone(&device) as _], &options()).unwrap();
+    let vfs = filesystem.vfs();
+    let opened = vfs.open(&CALLER, inode, 2).unwrap();
+    let request = WriteRequest {
+        node: inode,
+        handle: opened.handle,
+        offset: 0,
+        data,
+        direct: false,
+        append: false,
+        synchronous: false,
+        from_page_cache: false,
+        clear_set_id: false,
+    };
+    assert_eq!(vfs.write(&CALLER, &request).unwrap() as usize, data.len());
+    vfs.fsync(&CALLER, inode, opened.handle, false).unwrap();
+    vfs.release(inode, opened.handle).unwrap();
+    filesystem.close().unwrap();
+    filesystem.env().unregister_all();
+    device.image()
+}
+
 /// All keys of all trees.
 pub fn keys(image: &Image) -> Keys {
     let filesystem = open(&device_of(image), true).unwrap();
