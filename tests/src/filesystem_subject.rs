@@ -67,7 +67,14 @@ impl Default for Coppice {
         let mut format = test_geometry();
         // Small, so that the ring wraps and recovery reads little.
         format.journal_bytes = 256 << 10;
-        Self { format, commit_at_once: false, switches: TestSwitches::default(), cache_bytes: 8 << 20, record_bytes_max: 1 << 20, counters: Arc::default() }
+        Self {
+            format,
+            commit_at_once: false,
+            switches: TestSwitches::default(),
+            cache_bytes: 8 << 20,
+            record_bytes_max: 1 << 20,
+            counters: Arc::default(),
+        }
     }
 }
 
@@ -590,6 +597,7 @@ impl Mounted for MountedCoppice {
                 outcome?;
             }
             Operation::Sync => self.filesystem.sync()?,
+            Operation::Begin => {}
             Operation::Settle => self.settle()?,
             Operation::Turns { count } => self.give_turns(*count)?,
         }

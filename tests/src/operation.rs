@@ -63,6 +63,8 @@ pub enum Operation {
     Sync,
     /// Not POSIX: background work gets its turn (writeback, checkpoint, discard, copygc). Promises nothing.
     Settle,
+    /// Not POSIX: what comes before it only prepares; the run is not cut there.
+    Begin,
     /// Not POSIX: background work gets so many turns, and no more.
     Turns { count: u32 },
 }
@@ -109,7 +111,14 @@ impl Operation {
     /// Whether it must not fail for lack of space.
     #[must_use]
     pub fn gives_space_back(&self) -> bool {
-        matches!(self, Self::Unlink { .. } | Self::RemoveDirectory { .. } | Self::Release | Self::OpenTruncated { .. } | Self::Truncate { size: 0, .. })
+        matches!(
+            self,
+            Self::Unlink { .. }
+                | Self::RemoveDirectory { .. }
+                | Self::Release
+                | Self::OpenTruncated { .. }
+                | Self::Truncate { size: 0, .. }
+        )
     }
 
     /// What it did if it stopped after so many bytes; `None` if that is nothing.
@@ -117,7 +126,9 @@ impl Operation {
     pub fn cut_to(&self, done: u64) -> Option<Self> {
         let mut cut = self.clone();
         match &mut cut {
-            Self::Write { length, .. } | Self::WriteAs { length, .. } | Self::WriteUnlinked { length, .. } if done > 0 => {
+            Self::Write { length, .. } | Self::WriteAs { length, .. } | Self::WriteUnlinked { length, .. }
+                if done > 0 =>
+            {
                 *length = done.min(*length);
                 Some(cut)
             }

@@ -2,8 +2,8 @@
 
 use crate::btree::Forest;
 use crate::error::{Corruption, Result};
-use crate::format::journal::{Entries, Entry};
 use crate::format::BtreeId;
+use crate::format::journal::{Entries, Entry};
 use crate::journal::Log;
 use crate::transaction::{CommitOptions, Transactions, is_index};
 use crate::units::JournalSequence;

@@ -40,7 +40,13 @@ pub fn shrink(
                 start = end;
             }
         }
-        parts = if is_smaller { (parts - 1).max(2) } else if length == 1 { usize::MAX } else { (parts * 2).min(best.0.len()) };
+        parts = if is_smaller {
+            (parts - 1).max(2)
+        } else if length == 1 {
+            usize::MAX
+        } else {
+            (parts * 2).min(best.0.len())
+        };
     }
     best
 }

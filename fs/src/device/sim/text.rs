@@ -47,8 +47,11 @@ impl FromStr for CrashPlan {
             return Ok(Self { survivors });
         }
         for part in text.split(',') {
-            let bad = || format!("{part:?} is no part of a plan: write it as 4, 0-3, 5:first2, 5:last2, 5:scattered77 or none");
-            let number = |digits: &str| digits.parse::<usize>().ok().filter(|&write| write < WRITES_MAX).ok_or_else(bad);
+            let bad = || {
+                format!("{part:?} is no part of a plan: write it as 4, 0-3, 5:first2, 5:last2, 5:scattered77 or none")
+            };
+            let number =
+                |digits: &str| digits.parse::<usize>().ok().filter(|&write| write < WRITES_MAX).ok_or_else(bad);
             if let Some((write, sectors)) = part.split_once(':') {
                 let write = number(write)?;
                 let counted = |name: &str| sectors.strip_prefix(name).and_then(|count| count.parse::<u64>().ok());
@@ -84,7 +87,10 @@ mod tests {
             (vec![whole(3)], "3"),
             (vec![whole(0), whole(1), whole(2), whole(4)], "0-2,4"),
             (vec![whole(2), whole(1), torn(0, Sectors::Last(3)), whole(7), whole(8)], "2,1,0:last3,7-8"),
-            (vec![torn(0, Sectors::First(1)), torn(1, Sectors::Scattered(u64::MAX))], "0:first1,1:scattered18446744073709551615"),
+            (
+                vec![torn(0, Sectors::First(1)), torn(1, Sectors::Scattered(u64::MAX))],
+                "0:first1,1:scattered18446744073709551615",
+            ),
         ] {
             let plan = CrashPlan { survivors: plan };
             assert_eq!(plan.to_string(), text);
