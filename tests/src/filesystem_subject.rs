@@ -597,6 +597,7 @@ impl Mounted for MountedCoppice {
                 outcome?;
             }
             Operation::Sync => self.filesystem.sync()?,
+            Operation::Begin => {}
             Operation::Settle => self.settle()?,
             Operation::Turns { count } => self.give_turns(*count)?,
         }

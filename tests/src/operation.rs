@@ -63,6 +63,8 @@ pub enum Operation {
     Sync,
     /// Not POSIX: background work gets its turn (writeback, checkpoint, discard, copygc). Promises nothing.
     Settle,
+    /// Not POSIX: what comes before it only prepares; the run is not cut there.
+    Begin,
     /// Not POSIX: background work gets so many turns, and no more.
     Turns { count: u32 },
 }

@@ -60,6 +60,7 @@ pub fn fixed() -> Vec<(&'static str, Vec<Operation>)> {
     fixed.extend(alone());
     fixed.extend(large());
     fixed.push(("batches of records", batches()));
+    fixed.push(("more than memory", more_than_memory()));
     fixed
 }
 
@@ -78,8 +79,11 @@ pub fn by_name(name: &str) -> Option<Vec<Operation>> {
 /// Size of the device, in bytes, that a workload is meant for.
 #[must_use]
 pub fn device_bytes(name: &str) -> u64 {
-    let is_small = name.starts_with("full:") || name.contains("compaction");
-    if is_small { 8 << 20 } else { 16 << 20 }
+    match name {
+        "more than memory" => 32 << 20,
+        _ if name.starts_with("full:") || name.contains("compaction") => 8 << 20,
+        _ => 16 << 20,
+    }
 }
 
 /// The first fixed workloads, with their names.
@@ -117,6 +121,27 @@ pub fn batches() -> Vec<Operation> {
             workload.push(create(&format!("/a-file-with-a-name-{round}-{file}")));
         }
         workload.push(Operation::FsyncDirectory { path: "/".into() });
+    }
+    workload
+}
+
+/// Files that together are larger than a page cache of 4 MiB, and changes all over them.
+#[must_use]
+pub fn more_than_memory() -> Vec<Operation> {
+    let mut workload = Vec::new();
+    for file in 0..6u32 {
+        let path = format!("/f{file}");
+        workload.extend([create(&path), write(&path, 0, 1 << 20, file + 1)]);
+    }
+    workload.extend([Operation::Sync, Operation::Begin]);
+    for round in 0..12u32 {
+        let path = format!("/f{}", round % 6);
+        workload.push(write(&path, u64::from(round * 81 % 13) * 70_000, 30_000, 100 + round));
+        match round % 4 {
+            1 => workload.push(Operation::Settle),
+            3 => workload.push(fsync(&path)),
+            _ => {}
+        }
     }
     workload
 }

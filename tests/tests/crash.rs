@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use coppicefs::format::checksum::{ChecksumKind, CompressionKind};
 use coppicefs::space::TestSwitches;
-use coppicefs_tests::crash::{CrashOptions, Report, forget_image, run, seed_or};
+use coppicefs_tests::crash::{CrashOptions, Fault, Report, forget_image, run, seed_or};
 use coppicefs_tests::filesystem_subject::Coppice;
 use coppicefs_tests::limit::{Limit, lengthen};
 use coppicefs_tests::operation::Operation;
@@ -65,6 +65,21 @@ fn more_workloads_survive_a_cut_at_every_boundary() {
     assert!(workloads.len() >= 40);
     let total = crash_all(&subject, "more", workloads, &CrashOptions { during_recovery: 1, ..options(5) });
     assert!(total.images > 1000, "{total:?}");
+}
+
+#[test]
+fn each_mutation_alone_survives_a_cut_at_every_boundary() {
+    let workloads = workloads::alone();
+    assert!(workloads.len() >= 40);
+    for (name, operations) in workloads {
+        let is_large = name == "names during compaction" || name == "mutations between checkpoints";
+        if is_large && !is_long() {
+            continue;
+        }
+        let device_bytes = workloads::device_bytes(name);
+        let options = CrashOptions { device_bytes, during_recovery: 1, after_kill: 0, ..options(4) };
+        crash(&Coppice::default(), name, &operations, &options);
+    }
 }
 
 /// All workloads in the long form; in the short form every so manieth, from the one that the seed says.
@@ -145,6 +160,62 @@ fn random_workloads_survive() {
         let options = CrashOptions { seed, ..options(8) };
         crash(&subject, &format!("random {seed}"), &operations, &options);
     }
+}
+
+/// Whatever the number of threads, and although a new filesystem has a random id.
+#[test]
+fn one_seed_is_one_run() {
+    let operations = workloads::by_name("append").expect("a workload");
+    let options = CrashOptions { threads: 1, lost_writes: 1, ..options(6) };
+    let one = crash(&Coppice::default(), "one thread", &operations, &options);
+    let other = crash(&Coppice::default(), "three threads", &operations, &CrashOptions { threads: 3, ..options });
+    assert_eq!(one, other);
+}
+
+/// Every flush lies: what is left is an older state, or is refused. Both happen.
+#[test]
+fn a_device_that_lies_leaves_an_older_state_or_is_refused() {
+    let options = CrashOptions { device_lies: true, during_recovery: 0, after_kill: 0, ..options(12) };
+    let workloads = ["create, write, fsync", "checkpoint in the middle"];
+    let workloads = workloads.map(|name| (name, workloads::by_name(name).expect("a workload"))).into();
+    let total = crash_all(&Coppice::default(), "lies", workloads, &options);
+    assert!(total.refused > 20 && total.images > 2 * total.refused, "{total:?}");
+}
+
+/// A device that is nearly full, and caches that hold less than the files.
+#[test]
+fn random_workloads_survive_without_space_and_memory() {
+    let subject = Coppice { cache_bytes: 4 << 20, ..Coppice::default() };
+    let seeds = if is_long() { 40 } else { 1 };
+    let first = seed_or(1);
+    let mut total = Report::default();
+    let options = CrashOptions { device_bytes: 32 << 20, during_recovery: 0, after_kill: 0, ..options(1) };
+    crash(&subject, "more than fits the cache", &workloads::more_than_memory(), &options);
+    assert!(subject.counter("pagecache.evicted_folios") > 0, "{:?}", subject.counters);
+    for seed in first..first + seeds {
+        let during_recovery = if is_long() { 2 } else { 0 };
+        let after_kill = during_recovery;
+        let small = CrashOptions { device_bytes: 8 << 20, may_lack_space: true, ..options.clone() };
+        let mut options = CrashOptions { during_recovery, after_kill, seed, ..small };
+        options.plans.limit = options.plans.limit.map(|limit| 2 * limit);
+        total.add(&crash(&subject, &format!("full {seed}"), &workloads::full(seed, 80), &options));
+    }
+    assert!(total.lacked_space > 0, "{total:?}");
+}
+
+/// The nth write or flush fails: what was acknowledged before is there, nothing is acknowledged afterwards.
+#[test]
+fn what_was_acknowledged_before_a_failed_write_or_flush_is_there() {
+    let operations = workloads::by_name("checkpoint in the middle").expect("a workload");
+    let count = if is_long() { 60 } else { 5 };
+    let mut total = Report::default();
+    for nth in 0..count {
+        for fault in [Fault::Write(2 + nth * 13 % 71), Fault::Flush(1 + nth * 5 % 23)] {
+            let options = CrashOptions { fault: Some(fault), during_recovery: 0, after_kill: 0, ..options(3) };
+            total.add(&crash(&Coppice::default(), &format!("{fault:?}"), &operations, &options));
+        }
+    }
+    assert!(total.faults > count as usize, "{total:?}");
 }
 
 /// By how much this machine may be busy with other things: time is wall time.

@@ -11,8 +11,8 @@ use super::{CrashOptions, Report};
 /// What an image may show. Numbers of oracles in the [`Recording`].
 #[derive(Clone, Debug)]
 pub(super) enum Oracle {
-    /// What every one of these allows.
-    Contract(Vec<usize>),
+    /// What every one of these allows; each with the boundary at which it counts.
+    Contract(Vec<(usize, usize)>),
     /// The device has lost a write of the log that it had acknowledged: what one of these allows, whole and readable, or a refusal to mount.
     OlderOrRefusal { first: usize, last: usize },
     /// The device lies about every flush: what one up to this one allows, or a refusal at any step.
@@ -61,20 +61,22 @@ impl Recording {
 
     /// What an image may show after this cut.
     pub fn oracle(&self, cut: &Cut, options: &CrashOptions) -> Option<Oracle> {
-        let moment = self.moments.get(cut.boundary)?;
+        let boundary = cut.promised_at.unwrap_or(cut.boundary);
+        let moment = self.moments.get(boundary)?;
         if options.device_lies {
             return Some(Oracle::Lies { last: moment.model });
         }
         Some(match cut.lost {
-            None => Oracle::Contract(vec![moment.model]),
+            None => Oracle::Contract(vec![(moment.model, boundary)]),
             Some(lost) => {
                 // As it was just before the write that is lost.
                 let earliest = self.copies(lost).into_iter().min().unwrap_or(lost);
                 let after = self
                     .moments
                     .partition_point(|moment| moment.flushed + moment.snapshot.unflushed().len() <= earliest);
-                let before = self.moments.get(after.saturating_sub(1))?;
-                Oracle::OlderOrRefusal { first: before.model, last: moment.model }
+                // Before the first moment that is remembered, it is the oldest oracle.
+                let before = after.checked_sub(1).and_then(|before| self.moments.get(before));
+                Oracle::OlderOrRefusal { first: before.map_or(0, |before| before.model), last: moment.model }
             }
         })
     }
@@ -99,7 +101,9 @@ impl Recording {
                     cases.len() - 1
                 });
                 match cases.get_mut(case).map(|case| &mut case.oracle) {
-                    Some(Oracle::Contract(models)) if models.last() != Some(&moment.model) => models.push(moment.model),
+                    Some(Oracle::Contract(models)) if models.last().is_none_or(|last| last.0 != moment.model) => {
+                        models.push((moment.model, boundary));
+                    }
                     _ => {}
                 }
             }

@@ -16,6 +16,8 @@ pub struct Cut {
     pub plan: Option<CrashPlan>,
     /// Number of a flushed write of the log that the device has lost all the same, with its copies.
     pub lost: Option<usize>,
+    /// A later boundary at which a cut can leave the same: what was promised by then counts.
+    pub promised_at: Option<usize>,
     /// A power cut during the recovery: at which of its boundaries, and what reached the medium.
     pub second: Option<(usize, CrashPlan)>,
 }
@@ -24,12 +26,21 @@ impl Cut {
     /// The power fails at a boundary.
     #[must_use]
     pub fn power(boundary: usize, plan: CrashPlan) -> Self {
-        Self { boundary, plan: Some(plan), lost: None, second: None }
+        Self { boundary, plan: Some(plan), lost: None, promised_at: None, second: None }
     }
 
     /// The arguments of `coppice-crash` that mean it.
     #[must_use]
     pub fn arguments(&self) -> String {
+        let mut text = self.arguments_of_medium();
+        if let Some(boundary) = self.promised_at {
+            text += &format!(" --promised-at {boundary}");
+        }
+        text
+    }
+
+    /// Those that say what is on the medium.
+    pub(super) fn arguments_of_medium(&self) -> String {
         let mut text = match &self.plan {
             Some(plan) => format!("--cut {} --plan {plan}", self.boundary),
             None => format!("--cut {} --killed", self.boundary),

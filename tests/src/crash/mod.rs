@@ -138,6 +138,8 @@ pub struct CrashOptions {
     pub kill_one_in: usize,
     /// Lose so many flushed writes of the log, one at a time, at each boundary.
     pub lost_writes: usize,
+    /// Check before the recovery too, and mount a second time, for one image in so many.
+    pub twice_one_in: usize,
     /// No flush makes anything durable.
     pub device_lies: bool,
     /// What fails.
@@ -164,6 +166,7 @@ impl Default for CrashOptions {
             after_kill: 0,
             kill_one_in: 16,
             lost_writes: 0,
+            twice_one_in: 1,
             device_lies: false,
             fault: None,
             may_lack_space: false,
@@ -212,6 +215,12 @@ pub struct Report {
     pub kills: usize,
     /// Different images with a lost write.
     pub lost: usize,
+    /// Images that were refused, where that may be.
+    pub refused: usize,
+    /// Operations that found no space.
+    pub lacked_space: usize,
+    /// Runs whose device failed.
+    pub faults: usize,
 }
 
 impl Report {
@@ -224,6 +233,9 @@ impl Report {
         self.recovery_images += other.recovery_images;
         self.kills += other.kills;
         self.lost += other.lost;
+        self.refused += other.refused;
+        self.lacked_space += other.lacked_space;
+        self.faults += other.faults;
     }
 
     /// Crash states that were tried: cuts of all kinds.
@@ -266,7 +278,12 @@ fn sim_options(options: &CrashOptions, seed: u64) -> SimOptions {
 /// The first failure, by the order of boundaries.
 pub fn run(subject: &dyn Subject, workload: &[Operation], options: &CrashOptions) -> Result<Report, Box<Failure>> {
     let recording = recorded(subject, workload, options)?;
-    let mut report = Report { boundaries: recording.moments.len(), ..Report::default() };
+    let mut report = Report {
+        boundaries: recording.moments.len(),
+        lacked_space: recording.lacked_space,
+        faults: usize::from(recording.has_failed),
+        ..Report::default()
+    };
     let cases = recording.cases(options, &mut report);
     report.kills = cases.iter().filter(|case| case.cut.plan.is_none()).count();
     let opener = Opener { subject, options, recording: &recording };
@@ -322,7 +339,7 @@ fn recorded(subject: &dyn Subject, workload: &[Operation], options: &CrashOption
 }
 
 fn failure_after(opener: &Opener<'_>, workload: &[Operation], cut: Cut, problem: String) -> Box<Failure> {
-    let moment = opener.recording.moments.get(cut.boundary);
+    let moment = opener.recording.moments.get(cut.promised_at.unwrap_or(cut.boundary));
     let model = moment.and_then(|moment| opener.recording.models.get(moment.model));
     let number = model.map_or(0, |model| model.operations());
     Box::new(Failure {

@@ -37,6 +37,28 @@ impl Trouble {
     }
 }
 
+/// What an image was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Verdict {
+    Allowed,
+    Refused,
+}
+
+/// What is shown is not allowed.
+struct Refusal {
+    problem: String,
+    /// The boundary whose oracle says so.
+    promised_at: Option<usize>,
+}
+
+impl Refusal {
+    /// With the cut that shows it.
+    fn of(self, cut: &Cut) -> (Cut, String) {
+        let promised_at = self.promised_at.filter(|&boundary| boundary != cut.boundary);
+        (Cut { promised_at, ..cut.clone() }, self.problem)
+    }
+}
+
 /// Opens images of one recording.
 pub(super) struct Opener<'a> {
     pub subject: &'a dyn Subject,
@@ -58,8 +80,12 @@ impl Opener<'_> {
             _ => 0,
         };
         let inside: Arc<Mutex<Vec<Snapshot>>> = Arc::default();
-        let shown = self.open_image(&device, (second_plans > 0).then_some(&inside));
-        self.judge(&case.oracle, shown).map_err(own)?;
+        // Whose boundaries are wanted is mounted and unmounted.
+        let twice = index.is_multiple_of(self.options.twice_one_in.max(1)) || second_plans > 0;
+        let shown = self.open_image(&device, self.seed_of(cut), twice, (second_plans > 0).then_some(&inside));
+        if self.judge(&case.oracle, shown).map_err(|refusal| refusal.of(cut))? == Verdict::Refused {
+            lock(report).refused += 1;
+        }
         let inside = std::mem::take(&mut *lock(&inside));
         self.second_cuts(case, &inside, second_plans, report)
     }
@@ -68,11 +94,11 @@ impl Opener<'_> {
     pub fn open_exactly(&self, cut: &Cut) -> Result<(), String> {
         let oracle = self.recording.oracle(cut, self.options).ok_or_else(|| missing(cut))?;
         let device = match &cut.second {
-            Some(_) => self.device(self.image(cut)?),
+            Some(_) => self.device(self.image(cut)?, self.seed_of(cut)),
             None => self.first_device(cut)?,
         };
-        let shown = self.open_image(&device, None);
-        self.judge(&oracle, shown)
+        let shown = self.open_image(&device, self.seed_of(cut), true, None);
+        self.judge(&oracle, shown).map(|_| ()).map_err(|refusal| refusal.problem)
     }
 
     /// The image that a cut leaves, after its second cut if it has one; after a kill alone, what the host would write yet is on it.
@@ -80,7 +106,7 @@ impl Opener<'_> {
         let device = self.first_device(cut)?;
         let Some((boundary, plan)) = &cut.second else { return Ok(device.image()) };
         let inside: Arc<Mutex<Vec<Snapshot>>> = Arc::default();
-        let seed = self.mount_seed(&device);
+        let seed = self.seed_of(&Cut { second: None, ..cut.clone() });
         watch_into(&device, &inside);
         // Whatever comes of it: only the boundaries are wanted.
         if let Ok(mut mounted) = self.subject.mount(&device, seed) {
@@ -95,27 +121,37 @@ impl Opener<'_> {
 
     /// What is mounted after a cut, without its second cut.
     fn first_device(&self, cut: &Cut) -> Result<Arc<SimDevice>, String> {
+        let seed = self.seed_of(&Cut { second: None, ..cut.clone() });
         match &cut.plan {
             None => {
                 let snapshot = self.recording.snapshot(cut).ok_or_else(|| missing(cut))?;
-                let options = sim_options(self.options, self.options.seed ^ snapshot.everything().content_hash());
-                Ok(Arc::new(SimDevice::from_snapshot(snapshot, options)))
+                Ok(Arc::new(SimDevice::from_snapshot(snapshot, sim_options(self.options, seed))))
             }
-            Some(_) => self.recording.image(cut).map(|image| self.device(image)).ok_or_else(|| missing(cut)),
+            Some(_) => self.recording.image(cut).map(|image| self.device(image, seed)).ok_or_else(|| missing(cut)),
         }
     }
 
-    fn device(&self, image: Image) -> Arc<SimDevice> {
-        let options = sim_options(self.options, self.options.seed ^ image.content_hash());
-        Arc::new(SimDevice::from_image(image, options))
+    fn device(&self, image: Image, seed: u64) -> Arc<SimDevice> {
+        Arc::new(SimDevice::from_image(image, sim_options(self.options, seed)))
     }
 
-    fn judge(&self, oracle: &Oracle, shown: Result<Tree, Trouble>) -> Result<(), String> {
+    /// Decides what the device and background work do after a cut: another thing after each, and the same in each run. (The image's own hash
+    /// would not do: a new filesystem has a random id.)
+    fn seed_of(&self, cut: &Cut) -> u64 {
+        let hash = cut
+            .arguments_of_medium()
+            .bytes()
+            .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3));
+        self.options.seed ^ hash
+    }
+
+    fn judge(&self, oracle: &Oracle, shown: Result<Tree, Trouble>) -> Result<Verdict, Refusal> {
+        let refusal = |problem: String| Refusal { problem, promised_at: None };
         let shown = match (oracle, shown) {
             (_, Ok(shown)) => shown,
             (Oracle::OlderOrRefusal { .. }, Err(Trouble { is_refusal: true, is_early: true, .. }))
-            | (Oracle::Lies { .. }, Err(Trouble { is_refusal: true, .. })) => return Ok(()),
-            (_, Err(trouble)) => return Err(trouble.problem),
+            | (Oracle::Lies { .. }, Err(Trouble { is_refusal: true, .. })) => return Ok(Verdict::Refused),
+            (_, Err(trouble)) => return Err(refusal(trouble.problem)),
         };
         let model = |index: usize| self.recording.models.get(index).ok_or("no such oracle".to_owned());
         let any = |first: usize, last: usize| {
@@ -128,10 +164,16 @@ impl Opener<'_> {
             model(last)?.check(&shown)
         };
         match oracle {
-            Oracle::Contract(models) => models.iter().try_for_each(|&index| model(index)?.check(&shown)),
-            Oracle::OlderOrRefusal { first, last } => any(*first, *last),
-            Oracle::Lies { last } => any(0, *last),
+            Oracle::Contract(models) => {
+                for &(index, boundary) in models {
+                    let allowed = model(index).and_then(|model| model.check(&shown));
+                    allowed.map_err(|problem| Refusal { problem, promised_at: Some(boundary) })?;
+                }
+            }
+            Oracle::OlderOrRefusal { first, last } => any(*first, *last).map_err(refusal)?,
+            Oracle::Lies { last } => any(0, *last).map_err(refusal)?,
         }
+        Ok(Verdict::Allowed)
     }
 
     fn second_cuts(
@@ -146,27 +188,29 @@ impl Opener<'_> {
         // The first are recovery itself: all of them.
         let chosen = inside.iter().enumerate().filter(|(index, _)| *index < 8 || index.is_multiple_of(step));
         for (boundary, snapshot) in chosen {
-            let seed = self.options.seed ^ snapshot.boundary() ^ case.cut.boundary as u64;
-            let plans = PlanOptions { limit: Some(limit), seed, ..self.options.plans.clone() };
-            for plan in snapshot.plans(&plans) {
+            let plans_seed = self.options.seed ^ snapshot.boundary() ^ case.cut.boundary as u64;
+            let plans = PlanOptions { limit: Some(limit), seed: plans_seed, ..self.options.plans.clone() };
+            for (index, plan) in snapshot.plans(&plans).enumerate() {
                 lock(report).recovery_crashes += 1;
                 let image = snapshot.crash(&plan);
                 if !seen.insert(image.content_hash()) {
                     continue;
                 }
                 lock(report).recovery_images += 1;
-                let shown = self.open_image(&self.device(image), None);
-                self.judge(&case.oracle, shown)
-                    .map_err(|problem| (Cut { second: Some((boundary, plan)), ..case.cut.clone() }, problem))?;
+                let twice = index.is_multiple_of(self.options.twice_one_in.max(1));
+                let cut = Cut { second: Some((boundary, plan)), ..case.cut.clone() };
+                let seed = self.seed_of(&cut);
+                let shown = self.open_image(&self.device(image, seed), seed, twice, None);
+                self.judge(&case.oracle, shown).map_err(|refusal| refusal.of(&cut))?;
             }
         }
         Ok(())
     }
 
     /// On a device of its own: what is mounted afterwards must be the same whether it was checked before or not.
-    fn check(&self, image: &Image, when: &str) -> Result<(), Trouble> {
+    fn check(&self, image: &Image, seed: u64, when: &str) -> Result<(), Trouble> {
         let hash = image.content_hash();
-        let device = self.device(image.clone());
+        let device = self.device(image.clone(), seed);
         let findings = self
             .subject
             .check(&device)
@@ -181,22 +225,37 @@ impl Opener<'_> {
         Ok(())
     }
 
-    /// Checks, mounts, reads, unmounts, checks, and mounts again. The boundaries of the first mount go to `inside`.
-    fn open_image(&self, device: &Arc<SimDevice>, inside: Option<&Arc<Mutex<Vec<Snapshot>>>>) -> Result<Tree, Trouble> {
+    /// Mounts, reads and checks; if `twice`, it checks before too, unmounts, and mounts again. The boundaries of the first mount go to
+    /// `inside`.
+    fn open_image(
+        &self,
+        device: &Arc<SimDevice>,
+        seed: u64,
+        twice: bool,
+        inside: Option<&Arc<Mutex<Vec<Snapshot>>>>,
+    ) -> Result<Tree, Trouble> {
         let subject = self.subject;
-        let seed = self.mount_seed(device);
-        self.check(&device.image(), "before recovery")?;
+        if twice {
+            self.check(&device.image(), seed, "before recovery")?;
+        }
         if let Some(inside) = inside {
             watch_into(device, inside);
         }
         let mut mounted =
             subject.mount(device, seed).map_err(|error| Trouble::of("mounting failed", &error).early())?;
         let shown = mounted.tree().map_err(|error| Trouble::of("reading everything failed", &error))?;
+        if !twice {
+            // The process dies: what it has written is as good as what it leaves in order.
+            drop(mounted);
+            device.clear_hook();
+            self.check(&device.image(), seed, "after recovery")?;
+            return Ok(shown);
+        }
         mounted.unmount().map_err(|error| Trouble::of("unmounting failed", &error))?;
         device.clear_hook();
-        self.check(&device.image(), "after recovery")?;
+        self.check(&device.image(), seed, "after recovery")?;
         // What recovery showed is durable: had the power gone now, with everything unflushed lost, it would still be there.
-        let device = self.device(device.snapshot().durable().clone());
+        let device = self.device(device.snapshot().durable().clone(), seed);
         let mut mounted = subject.mount(&device, seed).map_err(|error| Trouble::of("mounting again failed", &error))?;
         let again = mounted.tree().map_err(|error| Trouble::of("reading everything again failed", &error))?;
         mounted.unmount().map_err(|error| Trouble::of("unmounting again failed", &error))?;
@@ -205,11 +264,6 @@ impl Opener<'_> {
             return Err(Trouble::new(format!("a second mount shows something else, first at {differing:?}")));
         }
         Ok(shown)
-    }
-
-    /// Decides what background work does when, in the mount of this image.
-    fn mount_seed(&self, device: &SimDevice) -> u64 {
-        self.options.seed ^ device.image().content_hash()
     }
 }
 

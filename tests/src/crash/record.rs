@@ -30,6 +30,10 @@ pub(super) struct Recording {
     pub history: Vec<Arc<UnflushedWrite>>,
     /// Where the log lies.
     pub log: Vec<Range<u64>>,
+    /// How many operations found no space.
+    pub lacked_space: usize,
+    /// The device has failed.
+    pub has_failed: bool,
 }
 
 #[derive(Default)]
@@ -75,6 +79,7 @@ struct Run<'a> {
     growing: Arc<Mutex<Growing>>,
     mounted: Box<dyn Mounted>,
     is_latched: bool,
+    lacked_space: usize,
 }
 
 /// Performs the workload. The error names the operation by its index in the workload.
@@ -109,21 +114,25 @@ pub(super) fn record(
         Some(Fault::Flush(nth)) => device.fail_flush(nth, Errno::IO),
         None => {}
     }
-    let mut run = Run { subject, options, growing: Arc::clone(&growing), mounted, is_latched: false };
+    let mut run = Run { subject, options, growing: Arc::clone(&growing), mounted, is_latched: false, lacked_space: 0 };
     for (index, operation) in workload.iter().enumerate() {
         match run.perform(operation).map_err(|problem| (problem, index))? {
             After::Next => {}
             After::Latched => run.is_latched = true,
         }
     }
+    let (lacked_space, has_failed) = (run.lacked_space, run.is_latched);
     run.end(&device).map_err(at_end)?;
     device.clear_hook();
     let Growing { moments, models, history } = std::mem::take(&mut *lock(&growing));
-    Ok(Recording { moments, models, before, history, log })
+    Ok(Recording { moments, models, before, history, log, lacked_space, has_failed })
 }
 
 impl Run<'_> {
     fn perform(&mut self, operation: &Operation) -> Result<After, String> {
+        if *operation == Operation::Begin {
+            lock(&self.growing).moments.clear();
+        }
         let previous = lock(&self.growing).model();
         let mut expected = Ok(());
         lock(&self.growing).change(|model| expected = model.begin(operation));
@@ -142,6 +151,7 @@ impl Run<'_> {
                 if operation.gives_space_back() {
                     return Err(format!("gives space back and answered {error}"));
                 }
+                self.lacked_space += 1;
                 let done = self.mounted.bytes_done();
                 let kept = operation.cut_to(done);
                 lock(&self.growing).change(|model| {

@@ -158,7 +158,7 @@ impl Mounted for MountedToy {
         }
         match operation {
             Operation::Settle => self.write_pending()?,
-            Operation::Turns { .. } => {}
+            Operation::Turns { .. } | Operation::Begin => {}
             Operation::Unlink { .. } if self.bug == Bug::LoseUnlinks => {}
             operation if operation.is_sync() => {
                 self.write_pending()?;

@@ -280,7 +280,7 @@ impl Namespace {
             }
             // What has no name is not there after a crash, and not part of what a walk finds.
             Operation::WriteUnlinked { .. } | Operation::Release => Changed::Nothing,
-            Operation::Sync | Operation::Settle | Operation::Turns { .. } => Changed::Nothing,
+            Operation::Sync | Operation::Settle | Operation::Turns { .. } | Operation::Begin => Changed::Nothing,
         })
     }
 }

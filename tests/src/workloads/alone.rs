@@ -28,6 +28,7 @@ fn prelude() -> Vec<Operation> {
         create("/d/b"),
         write("/d/b", 0, 9000, 3),
         Sync,
+        Operation::Begin,
     ]
 }
 
@@ -183,6 +184,7 @@ fn during_compaction() -> Vec<Operation> {
             workload.push(Sync);
         }
     }
+    workload.push(Operation::Begin);
     for round in 0..16u32 {
         let path = format!("/f{}", round * 5 % 26);
         workload.push(write(&path, u64::from(round % 4) * 32_768, 20_000, 100 + round));

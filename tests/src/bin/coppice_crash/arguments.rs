@@ -68,6 +68,9 @@ pub struct Arguments {
     /// Let the device lose so many flushed writes of the log, one at a time, at each boundary
     #[arg(long, value_name = "COUNT", default_value_t = 0)]
     pub lost_writes: usize,
+    /// Check before recovery too, unmount, and mount a second time, for one image in so many; the others are mounted, read and checked
+    #[arg(long, value_name = "COUNT", default_value_t = 1)]
+    pub twice_one_in: usize,
     /// No flush makes anything durable: what is left must be an older state, or be refused
     #[arg(long)]
     pub device_lies: bool,
@@ -116,6 +119,9 @@ pub struct Arguments {
     /// With --cut: the flushed write of the log that the device has lost
     #[arg(long, value_name = "NUMBER", requires = "cut")]
     pub lose: Option<usize>,
+    /// With --cut: count what was promised by this later boundary, at which a cut can leave the same
+    #[arg(long, value_name = "BOUNDARY", requires = "cut")]
+    pub promised_at: Option<usize>,
     /// With --cut: power fails again at this boundary of the recovery
     #[arg(long, value_name = "BOUNDARY", requires = "cut")]
     pub second_cut: Option<usize>,
@@ -227,6 +233,7 @@ impl Arguments {
             after_kill: self.after_kill,
             kill_one_in: self.kill_one_in,
             lost_writes: self.lost_writes,
+            twice_one_in: self.twice_one_in,
             device_lies: self.device_lies,
             fault: write.or_else(|| self.fail_flush.map(Fault::Flush)),
             may_lack_space: self.may_lack_space || workload.name.starts_with("full:"),
@@ -242,6 +249,7 @@ impl Arguments {
         Some(Cut {
             plan: (!self.killed).then(|| self.plan.clone()),
             lost: self.lose,
+            promised_at: self.promised_at,
             second: self.second_cut.map(|second| (second, self.second_plan.clone())),
             boundary,
         })

@@ -18,6 +18,10 @@ use serde_json::{Value, json};
 
 use crate::arguments::{Arguments, Named};
 
+/// As the programs do.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 const EXIT_FAILED: u8 = 1;
 const EXIT_OPERATIONAL: u8 = 3;
 
@@ -180,8 +184,18 @@ fn run_one(subject: &Coppice, workload: &Named, options: &CrashOptions) -> Outco
 }
 
 fn summary(report: &Report, seconds: f64) -> String {
+    let mut more = String::new();
+    for (count, what) in [
+        (report.refused, "refused as they may be"),
+        (report.lacked_space, "operations without space"),
+        (report.faults, "runs whose device failed"),
+    ] {
+        if count > 0 {
+            more += &format!(", {count} {what}");
+        }
+    }
     format!(
-        "{} boundaries; {} crash states ({} cuts, {} cuts during recovery, {} kills, {} with a lost write), {} images recovered, {} not tried again; {seconds:.1} s",
+        "{} boundaries; {} crash states ({} cuts, {} cuts during recovery, {} kills, {} with a lost write), {} images recovered, {} not tried again{more}; {seconds:.1} s",
         report.boundaries,
         report.states(),
         report.crashes,
@@ -209,6 +223,9 @@ fn counts(report: &Report, seconds: f64) -> Value {
         "kills": report.kills,
         "lost_writes": report.lost,
         "images_recovered": report.recovered(),
+        "refused": report.refused,
+        "operations_without_space": report.lacked_space,
+        "device_failures": report.faults,
         "deduplicated": report.states().saturating_sub(report.recovered()),
         "seconds": seconds,
     })
