@@ -10,8 +10,9 @@ use coppicefs::{Error, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::problem::{Problem, Severity};
+use crate::rebuild::command::RebuildArguments;
 use crate::report::Report;
-use crate::{damaged, passes, repair};
+use crate::{damaged, passes, rebuild, repair};
 
 /// Nothing is wrong.
 pub const EXIT_CLEAN: u8 = 0;
@@ -58,6 +59,9 @@ pub struct Arguments {
     /// Read all file data, list the ranges of files that cannot be read, and do nothing else
     #[arg(long, conflicts_with_all = ["preen", "yes"])]
     pub list_damaged: bool,
+    /// For images whose superblocks, checkpoints or roots are lost
+    #[command(flatten)]
+    pub rebuild: RebuildArguments,
     /// Image file or disk
     pub target: PathBuf,
 }
@@ -138,6 +142,9 @@ pub fn in_one_line(error: &clap::Error) -> String {
 }
 
 fn run_checked(arguments: &Arguments, target: &str) -> Result<u8> {
+    if arguments.rebuild.rebuild {
+        return rebuild::command::run(arguments, target);
+    }
     let mode = Mode::of(arguments);
     let filesystem = open(&arguments.target, mode)?;
     let outcome = if arguments.list_damaged {

@@ -13,6 +13,7 @@ pub mod cli;
 pub mod damaged;
 pub mod passes;
 pub mod problem;
+pub mod rebuild;
 pub mod repair;
 pub mod report;
 pub mod state;

@@ -15,6 +15,7 @@
 
 mod area;
 mod buckets;
+mod bulk;
 mod cache;
 mod checkpoint;
 mod compact;
@@ -27,6 +28,7 @@ mod node;
 mod node_space;
 mod reader;
 mod run;
+mod salvage;
 mod serialise;
 mod structure;
 #[cfg(test)]
@@ -54,10 +56,12 @@ use crate::units::JournalSequence;
 use crate::units::NodeId;
 
 pub use buckets::NodeBuckets;
+pub use bulk::{BulkWriter, FreeSlots};
 pub use checkpoint::{CheckpointOutcome, CheckpointReason};
 pub use locking::LockedLeaves;
 pub use log::{CheckpointLog, LogBoundary};
 pub use reader::NodeReader;
+pub use salvage::{NodeSummary, may_be_node, salvage_keys, summarise};
 pub use walk::{PublishedNode, walk_published};
 
 use cache::NodeCache;

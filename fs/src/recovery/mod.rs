@@ -9,9 +9,11 @@
 //!                 later recovery can find another end; then a checkpoint, so that the replayed part is not replayed again
 //! ```
 //! A crash anywhere in it leaves the same state to be recovered: nothing is overwritten before the new record is durable.
-//! [`crate::filesystem`] does it in this order.
+//! [`crate::filesystem`] does it in this order. [`scan`] and [`records`] are for a rebuild, where superblock, checkpoint or roots are gone.
 
+pub mod records;
 mod replay;
+pub mod scan;
 pub mod superblock;
 
 pub use replay::{Replayed, replay};
