@@ -17,10 +17,11 @@ use crate::damaged::Damaged;
 use crate::overlay::Overlay;
 use crate::passes::{CheckOptions, Progress};
 use crate::problem::{Problem, Severity};
+use crate::rebuild::command::RebuildArguments;
 use crate::repair::Loss;
 use crate::report::{Report, Summary};
 use crate::session::{Outcome, Session};
-use crate::{damaged, passes, session};
+use crate::{damaged, passes, rebuild, session};
 
 /// Nothing is wrong.
 pub const EXIT_CLEAN: u8 = 0;
@@ -68,6 +69,9 @@ pub struct Arguments {
     /// Read all file data, list the ranges of files that cannot be read, and do nothing else
     #[arg(long, conflicts_with_all = ["preen", "yes"])]
     pub list_damaged: bool,
+    /// For images whose superblocks, checkpoints or roots are lost
+    #[command(flatten)]
+    pub rebuild: RebuildArguments,
     /// Image file or disk
     pub target: PathBuf,
 }
@@ -170,6 +174,9 @@ pub fn in_one_line(error: &clap::Error) -> String {
 }
 
 fn run_checked(arguments: &Arguments, target: &str) -> Result<u8> {
+    if arguments.rebuild.rebuild {
+        return rebuild::command::run(arguments, target);
+    }
     let mode = Mode::of(arguments);
     let options = FileOptions { read_only: mode == Mode::NoChanges, ..FileOptions::default() };
     let device: Arc<dyn BlockDevice> = Arc::new(Filesystem::open_device_waiting(&arguments.target, &options)?);

@@ -15,6 +15,7 @@ pub mod damaged;
 pub mod overlay;
 pub mod passes;
 pub mod problem;
+pub mod rebuild;
 pub mod repair;
 pub mod report;
 pub mod session;

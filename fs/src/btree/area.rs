@@ -240,6 +240,18 @@ impl NodeReader {
         self.write_area(&[(checkpoint.number % RECORD_SLOTS * RECORD_SLOT_BYTES as u64, bytes)])
     }
 
+    /// Empties the slots of all records. Durable after the next device flush.
+    pub(super) fn erase_records(&self) -> Result<()> {
+        let slots = (0..RECORD_SLOTS).map(|slot| (slot * RECORD_SLOT_BYTES as u64, vec![0; RECORD_SLOT_BYTES]));
+        self.write_area(&slots.collect::<Vec<_>>())
+    }
+
+    /// The newest record that is whole, and the highest number of any, whether or not what they name can be read.
+    #[must_use]
+    pub fn newest_record(&self) -> Option<Checkpoint> {
+        self.records().records.into_iter().next()
+    }
+
     fn write_area(&self, writes: &[(u64, Vec<u8>)]) -> Result<()> {
         for (device, start) in self.area_copies() {
             let requests: Vec<WriteRequest<'_>> = writes

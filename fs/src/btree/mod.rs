@@ -15,6 +15,7 @@
 
 mod area;
 mod buckets;
+mod bulk;
 mod cache;
 mod checkpoint;
 mod compact;
@@ -28,6 +29,7 @@ mod node_space;
 mod reader;
 mod repair;
 mod run;
+mod salvage;
 mod scrub;
 mod serialise;
 mod structure;
@@ -56,12 +58,14 @@ use crate::units::JournalSequence;
 use crate::units::NodeId;
 
 pub use buckets::NodeBuckets;
+pub use bulk::{BulkWriter, FreeSlots};
 pub use checkpoint::{CheckpointOutcome, CheckpointReason};
 pub use descent::Around;
 pub use locking::LockedLeaves;
 pub use log::{CheckpointLog, LogBoundary};
 pub use reader::NodeReader;
 pub use repair::UsedSlots;
+pub use salvage::{NodeSummary, may_be_node, salvage_keys, summarise};
 pub use scrub::{CheckpointHold, NodeCursor, ScrubFinding, Scrubbed};
 pub use walk::{PublishedNode, walk_published};
 

@@ -10,6 +10,7 @@ pub mod codec;
 pub mod extent;
 pub mod journal;
 pub mod key;
+pub mod mark;
 pub mod namespace;
 pub mod node;
 pub mod position;

@@ -96,7 +96,13 @@ impl Namespace {
     /// Hash of a name: 56 bits, neither 0 nor all ones, so that cookies leave room below and stay below `i64::MAX`.
     #[must_use]
     pub fn hash(&self, name: &[u8]) -> u64 {
-        let hash = xxhash_rust::xxh3::xxh3_64_with_seed(name, self.hash_seed) >> 8;
-        hash.clamp(1, (1 << 56) - 2)
+        name_hash(self.hash_seed, name)
     }
+}
+
+/// [`Namespace::hash`] of a filesystem that is not open: `seed` is its superblock's.
+#[must_use]
+pub fn name_hash(seed: u64, name: &[u8]) -> u64 {
+    let hash = xxhash_rust::xxh3::xxh3_64_with_seed(name, seed) >> 8;
+    hash.clamp(1, (1 << 56) - 2)
 }

@@ -11,11 +11,14 @@
 //! A crash anywhere in it leaves the same state to be recovered: nothing is overwritten before the new record is durable.
 //! [`crate::filesystem`] does it in this order.
 //!
-//! [`inspect_checkpoints`] says what is kept; [`choose_older`] and [`reuse_check`] are for opening an older state, [`Salvage`] for reading what is left of an image that cannot be opened.
+//! [`inspect_checkpoints`] says what is kept; [`choose_older`] and [`reuse_check`] are for opening an older state, [`Salvage`] for reading what is left of an image that cannot be opened;
+//! [`scan`] and [`records`] are for a rebuild, where superblock, checkpoint or roots are gone.
 
 mod checkpoints;
+pub mod records;
 mod replay;
 mod salvage;
+pub mod scan;
 pub mod superblock;
 
 pub use checkpoints::{
