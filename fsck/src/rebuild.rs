@@ -257,6 +257,7 @@ impl Plan<'_> {
         let reflected = JournalSequence(sequence - 1);
         let mut writer = BulkWriter::new(reader, &free, NodeId(epoch << NODE_COUNTER_BITS | 1), reflected);
         self.inodes.reset_counts();
+        let failed_before = self.trees.failed_reads();
         let mut walk = Walk {
             trees: self.trees,
             superblock: &self.superblock,
@@ -270,6 +271,12 @@ impl Plan<'_> {
         let mut written = walk.written;
         write_buckets(&mut writer, &self.superblock, &self.extents, &mut written)?;
         writer.finish_nodes()?;
+        if self.trees.failed_reads() > failed_before {
+            return Err(Error::Unusable(
+                "nodes that were read before cannot be read any more, so nothing was published: run --rebuild again"
+                    .into(),
+            ));
+        }
         let node_count = writer.node_count();
         if in_place {
             self.set_mark(&**output, &[0; MARK_BYTES])?;

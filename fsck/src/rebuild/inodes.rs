@@ -196,11 +196,14 @@ impl Inodes {
         }
     }
 
-    /// Forgets what was made up and has nothing in it, when all extents are known.
+    /// Forgets what was made up and has nothing in it, and symbolic links without a target, when all extents are known.
     pub fn drop_hollow(&mut self) {
         let before = self.facts.len();
-        self.facts
-            .retain(|_, facts| !facts.is_made_up || facts.has_extents || facts.file_type == Some(FileType::Directory));
+        self.facts.retain(|_, facts| match facts.file_type {
+            Some(FileType::Directory) => true,
+            Some(FileType::Symlink) => facts.has_extents,
+            _ => !facts.is_made_up || facts.has_extents,
+        });
         self.hollow = (before - self.facts.len()) as u64;
         for facts in self.facts.values_mut().filter(|facts| facts.is_made_up) {
             facts.file_type.get_or_insert(FileType::Regular);

@@ -20,7 +20,7 @@ use coppicefs::{Error, Result};
 
 /// Bits of a node's id below the epoch.
 pub const NODE_COUNTER_BITS: u32 = 40;
-/// How far the nodes of a checkpoint that was cut off may be ahead of the journal.
+/// How far the nodes of a checkpoint that was cut off may be ahead of the journal, where no other filesystem was on the device.
 const SEQUENCES_AHEAD: u64 = 64;
 /// Ids listed when there are several.
 const IDS_LISTED: usize = 16;
@@ -150,7 +150,8 @@ impl Survey {
             None => {
                 let log = find_log(device, areas, None);
                 // The id does not tell whose it is; a journal that ends before the nodes do is another filesystem's.
-                let end = log.highest_sequence.saturating_add(SEQUENCES_AHEAD);
+                let ahead = if self.foreign_nodes == 0 { SEQUENCES_AHEAD } else { 0 };
+                let end = log.highest_sequence.saturating_add(ahead);
                 if end < self.newest_in_nodes { FoundLog::default() } else { log }
             }
         };

@@ -9,6 +9,7 @@
 //! Memory: a line for each leaf, the journal's keys, and one leaf at a time.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use coppicefs::btree::{NodeReader, salvage_keys, walk_published};
 use coppicefs::device::BlockDevice;
@@ -91,6 +92,8 @@ pub struct Trees<'a> {
     /// From here to `log_end` the log has no gap.
     log_from: Option<u64>,
     log_end: u64,
+    /// Leaves that were whole at the scan and could not be read since.
+    failed_reads: AtomicU64,
 }
 
 /// Bytes of the largest node.
@@ -125,7 +128,7 @@ impl<'a> Trees<'a> {
             add_published(nodes, reader, checkpoint, &mut candidates)?;
         }
         let trees = candidates.iter().map(|list| Tree { segments: newest_of(list), changes: BTreeMap::new() });
-        Ok(Self { device, nodes, trees: trees.collect(), log_from: None, log_end: 0 })
+        Ok(Self { device, nodes, trees: trees.collect(), log_from: None, log_end: 0, failed_reads: AtomicU64::new(0) })
     }
 
     fn tree(&self, btree: BtreeId) -> Option<&Tree> {
@@ -257,6 +260,7 @@ impl<'a> Trees<'a> {
             }
             let keys = self.read(segment).unwrap_or_else(|error| {
                 tracing::warn!("a leaf of {} can no longer be read: {error}", btree.name());
+                self.failed_reads.fetch_add(1, Ordering::Relaxed);
                 Vec::new()
             });
             merge(&tree.changes, segment.from, segment.to, keys, segment.newest, &mut visit)?;
@@ -266,6 +270,12 @@ impl<'a> Trees<'a> {
             Some(from) => merge(&tree.changes, from, None, Vec::new(), 0, &mut visit),
             None => Ok(()),
         }
+    }
+
+    /// How many leaves could not be read again so far.
+    #[must_use]
+    pub fn failed_reads(&self) -> u64 {
+        self.failed_reads.load(Ordering::Relaxed)
     }
 
     /// The keys of a segment, out of whichever copy of its node can be read.
