@@ -79,7 +79,8 @@ pub struct Arguments {
 /// What the exit codes mean, for `--help`.
 pub const EXIT_CODES: &str = "\
 Exit codes, as fsck(8) has them: 0 nothing is wrong; 1 problems were repaired; 4 problems are left (always with -n), 5 if others were repaired; \
-8 the check could not be made, or what is left takes --rebuild; 16 the command line is wrong.";
+8 the check could not be made, or what is left takes --rebuild; 16 the command line is wrong. With --rebuild: 1 it is rebuilt and clean; 4 with -n, \
+there is something to rebuild; 8 it cannot be.";
 
 /// Fewest bytes that `--memory` takes: nodes of a transaction must fit.
 const MEMORY_BYTES_MIN: u64 = 16 << 20;

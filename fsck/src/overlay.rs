@@ -1,6 +1,6 @@
 //! A device whose writes stay in memory: what `-n` tries repairs on. What lies under it is only read.
 //!
-//! Memory grows with what is written, in pages of [`PAGE_BYTES`]. One lock, held for copies in memory, not over I/O.
+//! Memory grows with what is written, in pages of `PAGE_BYTES`. One lock, held for copies in memory, not over I/O.
 
 use std::collections::HashMap;
 use std::sync::Arc;
