@@ -159,7 +159,7 @@ pub fn run(arguments: &Arguments) -> u8 {
             eprintln!("fsck-coppice: {error}{hint}");
             if arguments.json {
                 let said = format!("{error}{hint}");
-                println!("{}", crate::report::error_to_json(&target, &said, EXIT_OPERATIONAL));
+                say!("{}", crate::report::error_to_json(&target, &said, EXIT_OPERATIONAL));
             }
             EXIT_OPERATIONAL
         }
@@ -260,7 +260,7 @@ fn unopenable(arguments: &Arguments, target: &str, device: &Arc<dyn BlockDevice>
         Err(_) => Problem::CheckpointUnusable { reason },
     };
     if !arguments.json {
-        println!("{target}: {}: {}", problem.id(), problem.describe());
+        say!("{target}: {}: {}", problem.id(), problem.describe());
     }
     let outcome = Outcome { problems: vec![problem.clone()], left: vec![problem], ..Outcome::default() };
     print_report(arguments, target, Mode::of(arguments), &outcome, &[], EXIT_OPERATIONAL);
@@ -274,7 +274,7 @@ fn rounds(arguments: &Arguments, target: &str, mode: Mode, filesystem: &Filesyst
         choose: &mut |problems| mode.choose(problems, &mut declined),
         found: &mut |problem| {
             if !arguments.json {
-                println!("{target}: {}: {}", problem.id(), problem.describe());
+                say!("{target}: {}: {}", problem.id(), problem.describe());
             }
         },
     };
@@ -298,18 +298,18 @@ fn list_damaged(arguments: &Arguments, target: &str, filesystem: &Filesystem) ->
     let (damaged, read_bytes) = outcome?;
     let code = if damaged.is_empty() { EXIT_CLEAN } else { EXIT_UNREPAIRED };
     if arguments.json {
-        println!("{}", crate::report::damaged_to_json(target, &damaged, read_bytes, code));
+        say!("{}", crate::report::damaged_to_json(target, &damaged, read_bytes, code));
         return Ok(code);
     }
     for range in &damaged {
-        println!("{target}: {}", range.describe());
+        say!("{target}: {}", range.describe());
     }
     if !arguments.quiet {
         let read = humansize::format_size(read_bytes, humansize::BINARY);
         let lost: u64 = damaged.iter().map(|range| range.end - range.start).sum();
         match damaged.len() {
-            0 => println!("{target}: all {read} of file data can be read"),
-            count => println!(
+            0 => say!("{target}: all {read} of file data can be read"),
+            count => say!(
                 "{target}: {count} ranges of files cannot be read, {} of {read}: restore those files from a backup, or delete them",
                 humansize::format_size(lost, humansize::BINARY)
             ),
@@ -361,28 +361,23 @@ fn print_report(arguments: &Arguments, target: &str, mode: Mode, outcome: &Outco
         let repaired = if mode == Mode::NoChanges { 0 } else { outcome.repaired };
         let summary = Summary { target, problems: &outcome.problems, lost, repaired, exit_code: code };
         match report.to_json(&summary) {
-            Ok(json) => println!("{json}"),
+            Ok(json) => say!("{json}"),
             Err(error) => eprintln!("fsck-coppice: {error}"),
         }
         return;
     }
     for range in lost {
-        println!("{target}: lost: {}", range.describe());
+        say!("{target}: lost: {}", range.describe());
     }
     for (problem, reason) in &outcome.failed {
-        println!("{target}: {} is not repaired: {reason}", problem.id());
+        say!("{target}: {} is not repaired: {reason}", problem.id());
     }
     if arguments.quiet {
         return;
     }
     if arguments.verbose {
         for pass in &report.passes {
-            println!(
-                "{target}: pass {}: {} examined in {:.3} s",
-                pass.name,
-                pass.examined,
-                pass.duration.as_secs_f64()
-            );
+            say!("{target}: pass {}: {} examined in {:.3} s", pass.name, pass.examined, pass.duration.as_secs_f64());
         }
     }
     let [directories, regular, links, others] = report.inode_counts;
@@ -392,16 +387,14 @@ fn print_report(arguments: &Arguments, target: &str, mode: Mode, outcome: &Outco
     let count = outcome.problems.len();
     let rebuild = outcome.needs_rebuild();
     match code {
-        EXIT_CLEAN => println!("{target}: clean, {summary}"),
-        EXIT_REPAIRED => println!("{target}: {} problems repaired, now clean, {summary}", outcome.repaired),
-        _ if rebuild => println!(
+        EXIT_CLEAN => say!("{target}: clean, {summary}"),
+        EXIT_REPAIRED => say!("{target}: {} problems repaired, now clean, {summary}", outcome.repaired),
+        _ if rebuild => say!(
             "{target}: {count} problems, some of which take a scan of the whole device: copy what is readable from a mount with -o ro, then run fsck-coppice --rebuild {target}"
         ),
         _ if mode == Mode::NoChanges => {
-            println!(
-                "{target}: {count} problems, nothing was changed: fsck-coppice -y {target} repairs them, {summary}"
-            );
+            say!("{target}: {count} problems, nothing was changed: fsck-coppice -y {target} repairs them, {summary}");
         }
-        _ => println!("{target}: {} problems left: run fsck-coppice -y {target}, {summary}", outcome.left.len()),
+        _ => say!("{target}: {} problems left: run fsck-coppice -y {target}, {summary}", outcome.left.len()),
     }
 }

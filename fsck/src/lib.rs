@@ -10,6 +10,14 @@
 
 #![forbid(unsafe_code)]
 
+/// A line on standard output. Whoever read it may have gone (`fsck-coppice X | head -1`): that ends no repair.
+macro_rules! say {
+    ($($text:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stdout(), $($text)*);
+    }};
+}
+
 pub mod cli;
 pub mod damaged;
 pub mod overlay;

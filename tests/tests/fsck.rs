@@ -234,3 +234,21 @@ fn bad_copies_on_the_medium() {
         assert_eq!(errors.lines().count(), 1, "{errors}");
     }
 }
+
+/// The reader of a pipe may go at any time: the report is lost then, and nothing else.
+#[test]
+fn a_closed_pipe_ends_no_repair() {
+    let Some(site) = made() else { return };
+    damage(&site.image(), |transaction| {
+        let (position, mut inode) = a_file(transaction)?;
+        inode.link_count += 1;
+        transaction.put(BtreeId::Inodes, position, inode.encode()?);
+        Ok(())
+    });
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut repair = site.coppice(&["fsck", "-y", "-v"]);
+    let output = repair.arg(site.image()).stdout(writer).spawn().unwrap().wait().unwrap();
+    assert_eq!(output.code(), Some(1));
+    site.assert_clean();
+}

@@ -168,33 +168,33 @@ fn print(
             damaged_files: paths.to_vec(),
         };
         match serde_json::to_string_pretty(&json) {
-            Ok(json) => println!("{json}"),
+            Ok(json) => say!("{json}"),
             Err(error) => eprintln!("fsck-coppice: {error}"),
         }
         return;
     }
     for problem in left {
-        println!("{target}: {}: {}", problem.id(), problem.describe());
+        say!("{target}: {}: {}", problem.id(), problem.describe());
     }
     if arguments.quiet {
         return;
     }
     for line in found.describe() {
-        println!("{target}: {line}");
+        say!("{target}: {line}");
     }
     for path in paths.iter().take(PATHS_MAX) {
-        println!("{target}: not whole: {path}");
+        say!("{target}: not whole: {path}");
     }
     if paths.len() > PATHS_MAX {
-        println!("{target}: not whole: {} more files", paths.len() - PATHS_MAX);
+        say!("{target}: not whole: {} more files", paths.len() - PATHS_MAX);
     }
     match (finished, left.len()) {
-        (None, _) => println!("{target}: nothing was changed: --rebuild -y would make this of it"),
-        (Some(_), 0) => println!(
+        (None, _) => say!("{target}: nothing was changed: --rebuild -y would make this of it"),
+        (Some(_), 0) => say!(
             "{target}: rebuilt, {} nodes written, {repaired} problems repaired afterwards, now clean",
             found.written_nodes
         ),
-        (Some(_), count) => println!("{target}: rebuilt, but {count} problems are left"),
+        (Some(_), count) => say!("{target}: rebuilt, but {count} problems are left"),
     }
 }
 
