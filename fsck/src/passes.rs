@@ -3,7 +3,8 @@
 //! **Memory.** What is kept of each inode while its names are counted is some 100 bytes; with [`CheckOptions::memory_bytes`] that is bounded: the inodes are
 //! looked at in several *windows* of their numbers, and the passes over names and extents run once for each. Always kept are 8 bytes for each inode, 16 more
 //! for each directory (the graph that must reach the root), about 100 for each bucket in use, and the problems. Which extents share space is found by
-//! walking the backpointers in the order of the device, which takes no memory. The budget is also that of the nodes that are cached ([`node_cache_bytes`]).
+//! walking the backpointers in the order of the device, which takes no memory. The budget is also that of the nodes that are cached ([`node_cache_bytes`])
+//! and of the leaves that are read ahead ([`scan`]). Where the facts of all inodes fit, no tree but that of the buckets' is read twice.
 
 mod accounting;
 mod backpointers;
@@ -14,20 +15,24 @@ mod extents;
 mod inodes;
 mod nodes;
 mod orphans;
+mod scan;
 mod superblock;
 mod xattrs;
 
 pub(crate) use backpointers::backpointer_place;
 pub(crate) use dirents::is_possible;
+pub(crate) use scan::Published;
 pub(crate) use xattrs::is_possible_xattr;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
+use coppicefs::btree::Keys;
 use coppicefs::filesystem::Filesystem;
-use coppicefs::format::{BtreeId, Position, Value};
+use coppicefs::format::{BtreeId, Position};
 use coppicefs::units::{InodeNumber, SnapshotId};
 use coppicefs::{Error, Result};
+use rayon::prelude::*;
 
 use crate::problem::Problem;
 use crate::report::{PassReport, Report};
@@ -57,10 +62,14 @@ pub const PASSES: &[Pass] = &[
     once("superblock", "Every copy of the superblock is whole and the same.", superblock::run),
     once(
         "nodes",
-        "Every copy of every node is whole, ranges fit, and the node-space map equals what is reachable.",
+        "Every copy of every node is whole (of most leaves, when their keys are looked at), ranges fit, and the node-space map equals what is reachable.",
         nodes::run,
     ),
-    once("inode index", "Which inodes there are, and which are directories.", inodes::index),
+    once(
+        "inode index",
+        "Which inodes there are, and which are directories; all about them, if there is memory.",
+        inodes::index,
+    ),
     windowed("inodes", "Every inode means something.", inodes::run),
     windowed(
         "extents",
@@ -89,17 +98,17 @@ pub struct Progress {
     pub pass: usize,
     /// Its name.
     pub name: &'static str,
-    /// Nodes and keys looked at so far, in all passes.
+    /// Bytes of nodes looked at so far, in all passes.
     pub done: u64,
-    /// Those that there will be, as far as is known: the number of keys is an estimate until the nodes have been read.
+    /// Those that there will be, as far as is known: 0 before the nodes have been counted.
     pub total: u64,
 }
 
 /// Called now and then with how far a check is.
 pub type OnProgress<'a> = &'a (dyn Fn(Progress) + Sync);
 
-/// As [`check_with`], with all the memory that it takes. `progress` is called with the number of the pass, how many there are, its name, and what was
-/// looked at so far.
+/// As [`check_with`], with all the memory that it takes. `progress` is called with the number of the pass, how many there are, its name, and how many
+/// bytes of nodes were looked at so far.
 ///
 /// # Errors
 /// As [`check_with`].
@@ -129,8 +138,19 @@ pub fn node_cache_bytes(memory_bytes: u64) -> u64 {
 
 /// Fewest inodes of a window.
 const WINDOW_INODES_MIN: usize = 64;
-/// Keys of a leaf, for the estimate of how many there will be before they are counted.
-const KEYS_OF_NODE: u64 = 300;
+/// Trees whose leaves the passes read, each, but for the two that are named again: all but a few small ones.
+const READ_ONCE: &[BtreeId] = &[
+    BtreeId::Inodes,
+    BtreeId::Extents,
+    BtreeId::Xattrs,
+    BtreeId::LoggedOperations,
+    BtreeId::Buckets,
+    BtreeId::FreeSpace,
+    BtreeId::NeedDiscard,
+    BtreeId::Backpointers,
+];
+/// Trees that are read for each window.
+const READ_FOR_EACH_WINDOW: &[BtreeId] = &[BtreeId::Dirents, BtreeId::Orphans];
 
 /// A check that is running.
 pub struct Checker<'a> {
@@ -142,6 +162,10 @@ pub struct Checker<'a> {
     pass: (usize, &'static str),
     inode_counts: [u64; 4],
     data_bytes: u64,
+    /// Bytes of leaves that are read at once.
+    batch_bytes: usize,
+    /// What tables of inodes may take, in bytes.
+    tables_bytes: u64,
 }
 
 /// The work of all passes.
@@ -151,9 +175,6 @@ struct Work<'a> {
     total: AtomicU64,
 }
 
-/// Keys that one step of a scan asks for.
-const SCAN_KEYS: usize = 4096;
-
 impl Checker<'_> {
     fn report(&mut self, problem: Problem) {
         self.problems.push(problem);
@@ -162,7 +183,11 @@ impl Checker<'_> {
     /// Counts what was looked at.
     fn examine(&mut self, count: u64) {
         self.examined += count;
-        let done = self.work.done.fetch_add(count, Ordering::Relaxed) + count;
+    }
+
+    /// Shows how far the check is: so many bytes of nodes further.
+    fn advance(&self, bytes: u64) {
+        let done = self.work.done.fetch_add(bytes, Ordering::Relaxed) + bytes;
         let (pass, name) = self.pass;
         (self.work.progress)(Progress { pass, name, done, total: self.work.total.load(Ordering::Relaxed).max(done) });
     }
@@ -172,70 +197,32 @@ impl Checker<'_> {
         self.work.total.store(total, Ordering::Relaxed);
     }
 
-    /// As [`Self::for_each_in`], over a whole tree.
-    fn for_each_batch(
-        &mut self,
-        btree: BtreeId,
-        visit: impl FnMut(&mut Self, Vec<(Position, Value)>) -> Result<()>,
-    ) -> Result<()> {
-        self.for_each_in(btree, Position::MIN, Position::MAX, visit)
-    }
-
-    /// As [`Self::for_each_in`], over the keys of the window's inodes.
-    fn for_each_of_window(
-        &mut self,
-        btree: BtreeId,
-        visit: impl FnMut(&mut Self, Vec<(Position, Value)>) -> Result<()>,
-    ) -> Result<()> {
-        let Window { first, last } = self.state.window;
-        self.for_each_in(btree, Position::new(first, 0, 0), Position::new(last, u64::MAX, u32::MAX), visit)
-    }
-
-    /// Calls `visit` with batches of keys of a range of a tree, in order. A lost range is jumped over: the nodes pass has reported it.
-    fn for_each_in(
-        &mut self,
-        btree: BtreeId,
-        from: Position,
-        to: Position,
-        mut visit: impl FnMut(&mut Self, Vec<(Position, Value)>) -> Result<()>,
-    ) -> Result<()> {
-        let mut cursor = Some(from);
-        while let Some(from) = cursor.filter(|from| *from <= to) {
-            match self.filesystem.forest().scan(btree, from, to, SCAN_KEYS) {
-                Ok(scan) => {
-                    cursor = scan.covered_to.successor();
-                    self.examine(scan.keys.len() as u64);
-                    visit(self, scan.keys)?;
-                }
-                Err(error) if error.is_media_error() => {
-                    let lost = self.state.lost.get(&(btree as u8)).into_iter().flatten();
-                    match lost.filter(|(first, last)| *first <= from && from <= *last).map(|(_, last)| *last).max() {
-                        Some(last) => cursor = last.successor(),
-                        None => {
-                            let reason = error.to_string();
-                            self.report(Problem::NodeUnreadable { btree, level: 0, from, to: Position::MAX, reason });
-                            return Ok(());
-                        }
-                    }
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
-    }
-
     /// Whether a file's key can stand there.
     fn is_place(&self, position: Position) -> bool {
         position.snapshot == SnapshotId::ROOT.0 && (1..=InodeNumber::MAX.0).contains(&position.inode)
     }
 
     fn misplaced(&mut self, btree: BtreeId, position: Position) {
-        self.undecodable(btree, position, &"no file has a key there");
+        self.report(misplaced(btree, position));
     }
 
     fn undecodable(&mut self, btree: BtreeId, position: Position, error: &dyn std::fmt::Display) {
-        self.report(Problem::KeyUndecodable { btree, position, reason: error.to_string() });
+        self.report(undecodable(btree, position, error));
     }
+}
+
+fn misplaced(btree: BtreeId, position: Position) -> Problem {
+    undecodable(btree, position, &"no file has a key there")
+}
+
+fn undecodable(btree: BtreeId, position: Position, error: &dyn std::fmt::Display) -> Problem {
+    Problem::KeyUndecodable { btree, position, reason: error.to_string() }
+}
+
+/// Decodes the keys of a batch, on all cores: leaf by leaf, in order.
+fn decoded<'k, T: Send>(batch: &'k [Keys], decode: impl Fn(Position, &'k [u8]) -> T + Sync) -> Vec<Vec<(Position, T)>> {
+    let leaf = |keys: &'k Keys| keys.iter().map(|(position, value)| (position, decode(position, value))).collect();
+    batch.par_iter().map(leaf).collect()
 }
 
 /// Runs all passes over a filesystem that nobody changes meanwhile.
@@ -251,32 +238,46 @@ pub fn check_with(filesystem: &Filesystem, options: &CheckOptions, progress: OnP
     let first = windowed().next().map_or(0, |(index, _)| index);
     let last = windowed().next_back().map_or(0, |(index, _)| index);
     for (number, _) in PASSES.iter().enumerate().take(first) {
-        run_pass(filesystem, number, &work, &mut state, &mut report)?;
+        run_pass(filesystem, options, number, &work, &mut state, &mut report)?;
     }
-    let tables = options.memory_bytes.saturating_sub(node_cache_bytes(options.memory_bytes));
-    let most = tables.saturating_sub(state.index_bytes()) / FACTS_BYTES;
-    let windows = state.windows(usize::try_from(most).unwrap_or(usize::MAX).max(WINDOW_INODES_MIN));
+    let tables = tables_bytes(options);
+    let windows = if state.has_all_facts() {
+        vec![Window::default()]
+    } else {
+        let most = tables.saturating_sub(state.index_bytes()) / FACTS_BYTES;
+        state.windows(usize::try_from(most).unwrap_or(usize::MAX).max(WINDOW_INODES_MIN))
+    };
     report.windows = windows.len();
-    let per_window = report.keys_of_windows;
-    work.total.fetch_add(per_window * (windows.len() as u64 - 1), Ordering::Relaxed);
+    if let Some(published) = state.published.as_ref().filter(|_| !state.has_all_facts()) {
+        let again = published.bytes_of(READ_FOR_EACH_WINDOW) * (windows.len() as u64 - 1);
+        work.total.fetch_add(again + published.bytes_of(&[BtreeId::Inodes]), Ordering::Relaxed);
+    }
     for window in windows {
-        state.begin(window);
+        if !state.has_all_facts() {
+            state.begin(window);
+        }
         for number in first..=last {
-            run_pass(filesystem, number, &work, &mut state, &mut report)?;
+            run_pass(filesystem, options, number, &work, &mut state, &mut report)?;
         }
         report.tables_peak_bytes = report.tables_peak_bytes.max(state.index_bytes() + state.facts_bytes());
     }
     state.end_windows();
     for (number, _) in PASSES.iter().enumerate().skip(last + 1) {
-        run_pass(filesystem, number, &work, &mut state, &mut report)?;
+        run_pass(filesystem, options, number, &work, &mut state, &mut report)?;
     }
     report.known_in_use.buckets = state.in_use_buckets;
     report.known_in_use.slots = state.in_use_slots;
     Ok(report)
 }
 
+/// What tables of inodes may take of a budget.
+fn tables_bytes(options: &CheckOptions) -> u64 {
+    options.memory_bytes.saturating_sub(node_cache_bytes(options.memory_bytes))
+}
+
 fn run_pass(
     filesystem: &Filesystem,
+    options: &CheckOptions,
     number: usize,
     work: &Work<'_>,
     state: &mut State,
@@ -293,8 +294,10 @@ fn run_pass(
         pass: (number, pass.name),
         inode_counts: [0; 4],
         data_bytes: 0,
+        batch_bytes: scan::batch_bytes(options.memory_bytes),
+        tables_bytes: tables_bytes(options),
     };
-    checker.examine(0);
+    checker.advance(0);
     (pass.run)(&mut checker)?;
     report.problems.append(&mut checker.problems);
     if let Some(entry) = report.passes.get_mut(number) {
@@ -306,7 +309,6 @@ fn run_pass(
     }
     report.data_bytes += checker.data_bytes;
     *state = checker.state;
-    report.keys_of_windows = state.keys_of_windows;
     Ok(())
 }
 

@@ -36,7 +36,6 @@ pub struct Report {
     pub windows: usize,
     /// Most bytes that the tables of inodes took.
     pub tables_peak_bytes: u64,
-    pub(crate) keys_of_windows: u64,
 }
 
 /// What a run came to, beside its first check's report.

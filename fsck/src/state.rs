@@ -1,11 +1,14 @@
 //! What the passes collect and hand on.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::hash::{BuildHasher, RandomState};
 
 use coppicefs::btree::UsedSlots;
 use coppicefs::format::Position;
 use coppicefs::format::namespace::FileType;
 use coppicefs::format::space::Bucket;
+
+use crate::passes::Published;
 
 /// What the passes know of an inode of the present window.
 #[derive(Clone, Debug)]
@@ -38,6 +41,16 @@ pub struct InodeFacts {
 
 /// Bytes of the facts about one inode.
 pub const FACTS_BYTES: u64 = size_of::<InodeFacts>() as u64;
+
+/// One of all inodes.
+#[derive(Clone, Copy, Debug)]
+pub struct Found {
+    at: usize,
+    /// Its number.
+    pub inode: u64,
+    /// Whether it is a directory.
+    pub is_directory: bool,
+}
 
 /// A range of inode numbers, both inclusive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,6 +89,9 @@ pub struct State {
     pub window: Window,
     /// Facts about them, ascending.
     facts: Vec<InodeFacts>,
+    /// How many inodes there are before the window's first.
+    facts_from: usize,
+    has_all_facts: bool,
     facts_peak: usize,
     /// Inodes that are noted for deletion, of the window.
     pub orphans: HashSet<u64>,
@@ -89,8 +105,6 @@ pub struct State {
     pub has_buckets: bool,
     /// Ranges of keys that are lost, by tree: scans jump over them.
     pub lost: HashMap<u8, Vec<(Position, Position)>>,
-    /// Extents whose backpointer is not there.
-    pub without_backpointer: Vec<PhysicalRange>,
     /// Backpointers that ought to exist.
     pub backpointers_expected: u64,
     /// Generations of buckets that have no key: the newest that a pointer has.
@@ -101,10 +115,11 @@ pub struct State {
     pub in_use_slots: Option<(u64, Vec<UsedSlots>)>,
     /// Counters as recomputed.
     pub totals: HashMap<u16, i64>,
-    /// Keys of each tree, as far as nodes could be read.
-    pub keys: HashMap<u8, u64>,
-    /// Keys that each window after the first looks at.
-    pub keys_of_windows: u64,
+    /// The checkpoint whose leaves the passes read.
+    pub(crate) published: Option<Box<Published>>,
+    /// The sum of the hashes of all backpointers that ought to exist, each by [`State::backpointer_hash`].
+    pub backpointers_sum: u64,
+    hashes: RandomState,
 }
 
 /// Where an extent's bytes lie.
@@ -136,21 +151,45 @@ impl State {
         }
     }
 
-    fn indexed(&self, inode: u64) -> Option<u64> {
-        let found = self.index.binary_search_by_key(&inode, |entry| entry & !DIRECTORY).ok()?;
-        self.index.get(found).copied()
+    /// Which of all inodes it is, if it exists.
+    #[must_use]
+    pub fn find(&self, inode: u64) -> Option<Found> {
+        let at = self.index.binary_search_by_key(&inode, |entry| entry & !DIRECTORY).ok()?;
+        self.index.get(at).map(|entry| Found { at, inode, is_directory: entry & DIRECTORY != 0 })
     }
 
     /// Whether an inode exists.
     #[must_use]
     pub fn exists(&self, inode: u64) -> bool {
-        self.indexed(inode).is_some()
+        self.find(inode).is_some()
     }
 
-    /// Whether an inode exists and is a directory.
+    /// Facts about an inode that was found, if it is of the window.
+    pub fn facts_of(&mut self, found: Found) -> Option<&mut InodeFacts> {
+        let at = found.at.checked_sub(self.facts_from)?;
+        // The index was made from the same keys: each of its inodes has facts.
+        self.facts.get_mut(at).filter(|facts| facts.inode == found.inode)
+    }
+
+    /// Hash of a backpointer: keyed anew for each check, so that no two sets of them have one sum but by chance, at 2^-64.
     #[must_use]
-    pub fn is_directory(&self, inode: u64) -> bool {
-        self.indexed(inode).is_some_and(|entry| entry & DIRECTORY != 0)
+    pub fn backpointer_hash(&self, place: Position, value: &[u8]) -> u64 {
+        self.hashes.hash_one((place.inode, place.offset, place.snapshot, value))
+    }
+
+    /// Takes facts about all inodes, ascending: there is one window.
+    pub fn set_all_facts(&mut self, facts: Vec<InodeFacts>) {
+        self.facts_peak = self.facts_peak.max(facts.len());
+        self.facts = facts;
+        self.facts_from = 0;
+        self.window = Window::default();
+        self.has_all_facts = true;
+    }
+
+    /// Whether facts about all inodes are there.
+    #[must_use]
+    pub fn has_all_facts(&self) -> bool {
+        self.has_all_facts
     }
 
     /// All directories, ascending.
@@ -198,8 +237,9 @@ impl State {
     pub fn begin(&mut self, window: Window) {
         self.end_windows();
         self.window = window;
-        let of_window = self.index.iter().filter(|entry| window.contains(**entry & !DIRECTORY)).count();
-        self.facts.reserve_exact(of_window);
+        self.facts_from = self.index.partition_point(|entry| entry & !DIRECTORY < window.first);
+        let behind = self.index.partition_point(|entry| entry & !DIRECTORY <= window.last);
+        self.facts.reserve_exact(behind.saturating_sub(self.facts_from));
     }
 
     /// Keeps of the facts only who names which directory.

@@ -104,9 +104,9 @@ impl Target {
         let mut found = Vec::new();
         self.for_each_node(checkpoint, &mut |node| {
             if node.btree == BtreeId::Extents && node.level == 0 {
-                for (position, value) in node.keys.as_ref().unwrap() {
+                for (position, value) in node.keys.as_ref().unwrap().iter() {
                     if let ExtentValue::Data(data) = ExtentValue::decode(value).unwrap() {
-                        found.push((*position, data.pointers.first().unwrap().offset, data.length));
+                        found.push((position, data.pointers.first().unwrap().offset, data.length));
                     }
                 }
             }

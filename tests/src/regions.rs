@@ -99,7 +99,7 @@ fn nodes_and_data(device: &Arc<SimDevice>, superblock: Superblock, newest: &Chec
         if node.btree != BtreeId::Extents || node.level > 0 {
             return Ok(());
         }
-        for (_, value) in node.keys.as_ref().map_err(Clone::clone)? {
+        for (_, value) in node.keys.as_ref().map_err(Clone::clone)?.iter() {
             if let Ok(ExtentValue::Data(data)) = ExtentValue::decode(value) {
                 let copies = data.pointers.iter().map(|at| at.offset..at.offset + u64::from(data.stream_bytes));
                 regions.push(Region { name: "data", copies: copies.collect() });

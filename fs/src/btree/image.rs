@@ -3,7 +3,7 @@
 use super::node::encode_pointer;
 use super::run::Run;
 use crate::error::Corruption;
-use crate::format::key::{pack, unpack};
+use crate::format::key::{PackedKeyHeader, pack, unpack};
 use crate::format::node::{APPEND_ALIGNMENT_BYTES, BsetHeader, HEADER_BYTES, NodeAddress, NodeHeader, NodePointer};
 use crate::format::{BtreeId, Position};
 use crate::units::{JournalSequence, NodeId};
@@ -67,6 +67,77 @@ pub(super) fn append_offset(written_bytes: usize) -> usize {
     written_bytes.next_multiple_of(APPEND_ALIGNMENT_BYTES)
 }
 
+/// Checks the header of the copy of a node at `address`, and gives it with the published bytes. The problem is for [`damage`].
+fn check_header<'b>(
+    filesystem: uuid::Uuid,
+    bytes: &'b [u8],
+    pointer: &NodePointer,
+    address: NodeAddress,
+    expected: &Expected,
+) -> Result<(NodeHeader, &'b [u8]), String> {
+    let Some(bytes) = bytes.get(..pointer.written_bytes as usize) else {
+        return Err(format!("{} bytes, {} in the pointer", bytes.len(), pointer.written_bytes));
+    };
+    let header = NodeHeader::decode(bytes).map_err(|corruption| corruption.to_string())?;
+    if header.filesystem != filesystem {
+        return Err("of another filesystem".into());
+    }
+    if (header.device, header.address) != (address.device, address.offset) {
+        return Err(format!("it says that it lies at byte {} of device {}", header.address, header.device));
+    }
+    if (header.node, header.btree, header.level) != (pointer.node, expected.btree, expected.level) {
+        let found = format!("node {} of the {} tree, level {}", header.node, header.btree.name(), header.level);
+        return Err(format!("{found} lies there"));
+    }
+    let covers_limit = match (header.limit, expected.limit) {
+        (None, _) => true,
+        (Some(_), None) => false,
+        (Some(header), Some(expected)) => header >= expected,
+    };
+    if header.minimum != expected.minimum || !covers_limit {
+        return Err(format!("its range starts at {} and does not cover its parent's", header.minimum));
+    }
+    Ok((header, bytes))
+}
+
+fn damage(pointer: &NodePointer, address: NodeAddress, expected: &Expected, problem: String) -> Corruption {
+    let what = format!("node {} of the {} tree, level {}", pointer.node, expected.btree.name(), expected.level);
+    Corruption::new(what, problem).at(address.device, address.offset)
+}
+
+/// Verifies a further copy of a node, of which another was decoded from `good`: beside what names their places, copies are the same.
+///
+/// # Errors
+/// As [`decode`].
+pub(super) fn verify_twin(
+    filesystem: uuid::Uuid,
+    bytes: &[u8],
+    good: &[u8],
+    pointer: &NodePointer,
+    address: NodeAddress,
+    expected: &Expected,
+) -> Result<(), Corruption> {
+    let published = HEADER_BYTES..pointer.written_bytes as usize;
+    if bytes.get(published.clone()) != good.get(published) {
+        return decode_in_place(filesystem, bytes, pointer, address, expected).map(|_| ());
+    }
+    match check_header(filesystem, bytes, pointer, address, expected) {
+        Ok(_) => Ok(()),
+        Err(problem) => Err(damage(pointer, address, expected, problem)),
+    }
+}
+
+/// The keys of a verified image, clipped to the expected range: where their values lie in its bytes.
+#[derive(Debug, Default)]
+pub(super) struct Decoded {
+    pub keys: Vec<(Position, Span)>,
+    /// Newest journal sequence of the keys.
+    pub newest: JournalSequence,
+}
+
+/// A value's bytes in an image: the first, and the first beyond. Images are at most 1 MiB.
+pub(super) type Span = (u32, u32);
+
 /// Decodes and verifies the copy of a node at `address`: `bytes` are the slot's, from its start, at least `pointer.written_bytes`.
 ///
 /// # Errors
@@ -78,111 +149,123 @@ pub(super) fn decode(
     address: NodeAddress,
     expected: &Expected,
 ) -> Result<Image, Corruption> {
-    let bad = |problem: String| {
-        let what = format!("node {} of the {} tree, level {}", pointer.node, expected.btree.name(), expected.level);
-        Err(Corruption::new(what, problem).at(address.device, address.offset))
-    };
-    let Some(bytes) = bytes.get(..pointer.written_bytes as usize) else {
-        return bad(format!("{} bytes, {} in the pointer", bytes.len(), pointer.written_bytes));
-    };
-    let header = match NodeHeader::decode(bytes) {
-        Ok(header) => header,
-        Err(corruption) => return bad(corruption.to_string()),
-    };
-    if header.filesystem != filesystem {
-        return bad("of another filesystem".into());
+    let Decoded { keys, newest } = decode_in_place(filesystem, bytes, pointer, address, expected)?;
+    let mut run = Run::with_capacity(keys.len(), keys.iter().map(|(_, (start, end))| (end - start) as usize).sum());
+    for (position, (start, end)) in keys {
+        run.push(position, bytes.get(start as usize..end as usize).unwrap_or_default());
     }
-    if (header.device, header.address) != (address.device, address.offset) {
-        return bad(format!("it says that it lies at byte {} of device {}", header.address, header.device));
-    }
-    if (header.node, header.btree, header.level) != (pointer.node, expected.btree, expected.level) {
-        let found = format!("node {} of the {} tree, level {}", header.node, header.btree.name(), header.level);
-        return bad(format!("{found} lies there"));
-    }
-    let covers_limit = match (header.limit, expected.limit) {
-        (None, _) => true,
-        (Some(_), None) => false,
-        (Some(header), Some(expected)) => header >= expected,
-    };
-    if header.minimum != expected.minimum || !covers_limit {
-        return bad(format!("its range starts at {} and does not cover its parent's", header.minimum));
-    }
+    Ok(Image { run, newest })
+}
 
-    let mut keys: Vec<(Position, u16, Option<&[u8]>)> = Vec::new();
-    let mut newest = JournalSequence(0);
-    let mut offset = HEADER_BYTES;
-    let mut previous_checksum = 0;
+/// As [`decode`], with the values left where they are.
+///
+/// # Errors
+/// As [`decode`].
+pub(super) fn decode_in_place(
+    filesystem: uuid::Uuid,
+    bytes: &[u8],
+    pointer: &NodePointer,
+    address: NodeAddress,
+    expected: &Expected,
+) -> Result<Decoded, Corruption> {
+    let bad = |problem: String| damage(pointer, address, expected, problem);
+    let (header, bytes) = check_header(filesystem, bytes, pointer, address, expected).map_err(bad)?;
+    let mut bsets = Bsets { offset: HEADER_BYTES, previous_checksum: 0, newest: JournalSequence(0), keys: Vec::new() };
     for index in 0..pointer.bset_count {
+        bsets.add(bytes, pointer.node, index, &header, expected.limit).map_err(bad)?;
+    }
+    let Bsets { offset, previous_checksum, newest, mut keys } = bsets;
+    if pointer.bset_count == 0 || offset != bytes.len() || previous_checksum != pointer.last_checksum {
+        let found = format!("{} bsets end at byte {offset} with checksum {previous_checksum:#x}", pointer.bset_count);
+        let problem = format!("{found}; its pointer says {} and {:#x}", bytes.len(), pointer.last_checksum);
+        return Err(bad(problem));
+    }
+    if pointer.bset_count > 1 {
+        // Presorted stretches: the sort is a merge. Of equal positions the newest bset's comes first, and decides.
+        keys.sort_by(|a, b| (a.0, b.1).cmp(&(b.0, a.1)));
+        keys.dedup_by_key(|(position, ..)| *position);
+    }
+    let keys: Vec<(Position, Span)> =
+        keys.into_iter().filter_map(|(position, _, value)| value.map(|value| (position, value))).collect();
+    if expected.level > 0 {
+        check_children(bytes, &keys, expected).map_err(bad)?;
+    }
+    Ok(Decoded { keys, newest })
+}
+
+/// What the bsets of an image hold, as far as they were looked at.
+struct Bsets {
+    /// Where the last one ends.
+    offset: usize,
+    previous_checksum: u32,
+    newest: JournalSequence,
+    /// Position, bset, and where the value lies; `None` for a whiteout.
+    keys: Vec<(Position, u16, Option<Span>)>,
+}
+
+impl Bsets {
+    /// Verifies the next bset, and adds its keys below `limit`.
+    fn add(
+        &mut self,
+        bytes: &[u8],
+        node: NodeId,
+        index: u16,
+        header: &NodeHeader,
+        limit: Option<Position>,
+    ) -> Result<(), String> {
         if index > 0 {
-            offset = append_offset(offset);
+            self.offset = append_offset(self.offset);
         }
-        let Some(rest) = bytes.get(offset..) else { return bad(format!("bset {index} would start beyond its end")) };
-        let (bset, mut payload, checksum) = match BsetHeader::decode(rest) {
-            Ok(decoded) => decoded,
-            Err(corruption) => return bad(corruption.to_string()),
-        };
-        if (bset.node, bset.index, bset.previous_checksum) != (pointer.node, index, previous_checksum) {
-            return bad(format!("bset {index} is bset {} of node {}, or of an earlier life", bset.index, bset.node));
+        let rest = bytes.get(self.offset..).ok_or_else(|| format!("bset {index} would start beyond its end"))?;
+        let (bset, mut payload, checksum) = BsetHeader::decode(rest).map_err(|corruption| corruption.to_string())?;
+        if (bset.node, bset.index, bset.previous_checksum) != (node, index, self.previous_checksum) {
+            return Err(format!("bset {index} is bset {} of node {}, or of an earlier life", bset.index, bset.node));
         }
-        offset += BsetHeader::BYTES + payload.len();
+        self.offset += BsetHeader::BYTES + payload.len();
+        // No key is shorter than its header: a forged count reserves no more than the payload could hold.
+        self.keys.reserve((bset.key_count as usize).min(payload.len() / PackedKeyHeader::BYTES));
         let mut last = None;
         let mut count = 0u32;
         while !payload.is_empty() {
-            let (key, rest) = match unpack(payload) {
-                Ok(unpacked) => unpacked,
-                Err(corruption) => return bad(format!("bset {index}: {corruption}")),
-            };
+            let (key, rest) = unpack(payload).map_err(|corruption| format!("bset {index}: {corruption}"))?;
             payload = rest;
             count += 1;
             if last.is_some_and(|last| last >= key.position) {
-                return bad(format!("bset {index}: key {} is out of order", key.position));
+                return Err(format!("bset {index}: key {} is out of order", key.position));
             }
             last = Some(key.position);
             if key.position < header.minimum || header.limit.is_some_and(|limit| key.position >= limit) {
-                return bad(format!("bset {index}: key {} is outside of the node", key.position));
+                return Err(format!("bset {index}: key {} is outside of the node", key.position));
             }
-            if expected.limit.is_none_or(|limit| key.position < limit) {
-                keys.push((key.position, index, key.value));
+            if limit.is_none_or(|limit| key.position < limit) {
+                // The value ends where the rest begins.
+                let end = (self.offset - payload.len()) as u32;
+                let span = key.value.map(|value| (end - value.len() as u32, end));
+                self.keys.push((key.position, index, span));
             }
         }
         if count != bset.key_count {
-            return bad(format!("bset {index} has {count} keys, {} by its header", bset.key_count));
+            return Err(format!("bset {index} has {count} keys, {} by its header", bset.key_count));
         }
-        newest = newest.max(bset.newest_sequence);
-        previous_checksum = checksum;
+        self.newest = self.newest.max(bset.newest_sequence);
+        self.previous_checksum = checksum;
+        Ok(())
     }
-    if pointer.bset_count == 0 || offset != bytes.len() || previous_checksum != pointer.last_checksum {
-        let found = format!("{} bsets end at byte {offset} with checksum {previous_checksum:#x}", pointer.bset_count);
-        return bad(format!("{found}; its pointer says {} and {:#x}", bytes.len(), pointer.last_checksum));
-    }
+}
 
-    // Presorted stretches: the sort is a merge. Of equal positions the newest bset's comes first.
-    keys.sort_by(|a, b| (a.0, b.1).cmp(&(b.0, a.1)));
-    let mut run = Run::default();
-    let mut done = None;
-    for (position, _, value) in keys {
-        if done == Some(position) {
-            continue;
-        }
-        done = Some(position);
-        if let Some(value) = value {
-            if expected.level > 0 {
-                let child = match NodePointer::decode(value) {
-                    Ok(child) => child,
-                    Err(corruption) => return bad(format!("key {position}: {corruption}")),
-                };
-                if child.copies.is_empty() || child.node == NodeId(0) {
-                    return bad(format!("key {position} points to no node"));
-                }
-            }
-            run.push(position, value);
+/// Checks that the keys of an interior node point to children.
+fn check_children(bytes: &[u8], keys: &[(Position, Span)], expected: &Expected) -> Result<(), String> {
+    for (position, (start, end)) in keys {
+        let value = bytes.get(*start as usize..*end as usize).unwrap_or_default();
+        let child = NodePointer::decode(value).map_err(|corruption| format!("key {position}: {corruption}"))?;
+        if child.copies.is_empty() || child.node == NodeId(0) {
+            return Err(format!("key {position} points to no node"));
         }
     }
-    if expected.level > 0 && run.key(0).map(|(first, _)| first) != Some(expected.minimum) {
-        return bad("its first child does not start where it starts".into());
+    if keys.first().map(|(first, _)| *first) != Some(expected.minimum) {
+        return Err("its first child does not start where it starts".into());
     }
-    run.shrink();
-    Ok(Image { run, newest })
+    Ok(())
 }
 
 /// Checks that what a pointer says can be true on a device of this size, before anything is read by it.

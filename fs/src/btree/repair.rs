@@ -1,11 +1,12 @@
-//! What fsck asks of the trees: an empty node in the place of one that is lost, and a node-space map that is what can be reached.
+//! What fsck asks of the trees: whether a leaf is as it was published, an empty node in the place of one that is lost, and a node-space map that is
+//! what can be reached.
 //!
-//! Both change only what the next checkpoint publishes, so a power cut before it leaves what was there. Until that checkpoint nobody may put a key
+//! The last two change only what the next checkpoint publishes, so a power cut before it leaves what was there. Until that checkpoint nobody may put a key
 //! into a node that was replaced: replay would look for it in the lost one. No lock is held while a node is read.
 
-use super::Forest;
 use super::image::{Expected, is_pointer};
 use super::node::{Content, Node, pointer_without_image};
+use super::{Forest, PublishedNode};
 use crate::error::{Error, Result};
 use crate::format::node::NodePointer;
 use crate::format::{BtreeId, Position, Value};
@@ -16,6 +17,29 @@ use crate::sync::atomic::Ordering;
 pub type UsedSlots = (u8, u64, u64);
 
 impl Forest {
+    /// Whether the tree holds in a published leaf's range just what the leaf's image holds: nothing was put there, split or merged since.
+    ///
+    /// # Errors
+    /// If a node above it cannot be read.
+    pub fn is_as_published(&self, leaf: &PublishedNode) -> Result<bool> {
+        let PublishedNode { btree, level, pointer, minimum, limit, .. } = leaf;
+        let root = self.root(*btree);
+        let in_memory = if root.level == *level { Some(root) } else { self.cache.get(pointer.node) };
+        if let Some(node) = in_memory {
+            let content = node.content.read();
+            return Ok(!content.retired
+                && (content.minimum, content.limit) == (*minimum, *limit)
+                && content.image.as_ref() == Some(pointer)
+                && content.recent.is_empty()
+                && content.frozen.is_empty());
+        }
+        let Some(above) = self.find(*btree, *minimum, level + 1)? else { return Ok(false) };
+        let content = above.node.content.read();
+        Ok(content.covers(*minimum)
+            && content.get(*minimum).is_some_and(|value| is_pointer(value.bytes(), pointer))
+            && content.child_limit(*minimum) == *limit)
+    }
+
     /// Puts a new node in the place of the one of `level` whose range holds `at`, if no copy of that can be read. It holds `keys` (a leaf alone may
     /// have any; those outside of its range are left out). Returns whether it was so.
     ///

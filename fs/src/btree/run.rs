@@ -25,6 +25,15 @@ pub(super) struct Run {
 }
 
 impl Run {
+    /// An empty run with room for so many keys and bytes of values.
+    pub fn with_capacity(keys: usize, value_bytes: usize) -> Self {
+        Self {
+            positions: Vec::with_capacity(keys),
+            ends: Vec::with_capacity(keys),
+            bytes: Vec::with_capacity(value_bytes),
+        }
+    }
+
     /// Number of keys.
     pub fn len(&self) -> usize {
         self.positions.len()

@@ -97,17 +97,26 @@ impl Shape {
         }
     }
 
+    /// What is wrong with so many bytes of inline data that end at `end`.
+    #[must_use]
+    pub fn inline_problem(&self, end: u64, length: u64) -> Option<String> {
+        if length > end {
+            return Some(format!("{length} bytes that end at {end}"));
+        }
+        let bad = length != end || length >= u64::from(self.block_bytes);
+        bad.then(|| format!("{length} inline bytes that end at {end}"))
+    }
+
     /// What is wrong with an extent that ends at `end`, as far as it can be seen without looking elsewhere.
     #[must_use]
     pub fn problem(&self, end: u64, value: &ExtentValue) -> Option<String> {
         let block = u64::from(self.block_bytes);
         let length = value.length();
+        if let ExtentValue::Inline(_) = value {
+            return self.inline_problem(end, length);
+        }
         if length > end {
             return Some(format!("{length} bytes that end at {end}"));
-        }
-        if let ExtentValue::Inline(_) = value {
-            let bad = length != end || length >= block;
-            return bad.then(|| format!("{length} inline bytes that end at {end}"));
         }
         if !length.is_multiple_of(block) || !end.is_multiple_of(block) {
             return Some(format!("{length} bytes that end at {end} are not whole blocks of {block}"));

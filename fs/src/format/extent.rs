@@ -179,6 +179,15 @@ impl ExtentValue {
         }
     }
 
+    /// How many bytes of inline data a stored value is, if it is that: without copying them.
+    #[must_use]
+    pub fn inline_bytes(stored: &[u8]) -> Option<u64> {
+        match stored.split_first() {
+            Some((&TAG_INLINE, data)) if !data.is_empty() => Some(data.len() as u64),
+            _ => None,
+        }
+    }
+
     fn decode_data(mut reader: Reader<'_>) -> Result<DataExtent, Corruption> {
         let compression = CompressionKind::from_stored(reader.u8()?)?;
         let checksum_kind = ChecksumKind::from_stored(reader.u8()?)?;

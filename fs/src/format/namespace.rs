@@ -1,6 +1,7 @@
 //! Values of the trees that make the namespace: inodes, directory entries, extended attributes, subvolumes, snapshots.
 
 use bincode::{Decode, Encode};
+use smallvec::SmallVec;
 
 use super::{Reader, codec};
 use crate::env::Timestamp;
@@ -169,6 +170,19 @@ pub struct Dirent {
     pub name: Vec<u8>,
 }
 
+/// A [`Dirent`] whose name is where it was stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DirentRef<'a> {
+    /// As [`Dirent::discriminator`].
+    pub discriminator: u8,
+    /// As [`Dirent::file_type`].
+    pub file_type: FileType,
+    /// As [`Dirent::inode`].
+    pub inode: InodeNumber,
+    /// As [`Dirent::name`].
+    pub name: &'a [u8],
+}
+
 /// Value in the dirents tree: all names of a directory with one hash, by discriminator. Nearly always one.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DirentBucket(pub Vec<Dirent>);
@@ -193,23 +207,38 @@ impl DirentBucket {
     /// # Errors
     /// If it is not one.
     pub fn decode(bytes: &[u8]) -> Result<Self, Corruption> {
+        let parsed = Self::parse(bytes)?;
+        let owned = |dirent: DirentRef<'_>| Dirent {
+            discriminator: dirent.discriminator,
+            file_type: dirent.file_type,
+            inode: dirent.inode,
+            name: dirent.name.to_vec(),
+        };
+        Ok(Self(parsed.into_iter().map(owned).collect()))
+    }
+
+    /// As [`Self::decode`], with the names left where they are.
+    ///
+    /// # Errors
+    /// If it is not one.
+    pub fn parse(bytes: &[u8]) -> Result<SmallVec<[DirentRef<'_>; 1]>, Corruption> {
         let mut reader = Reader::new("directory entry", bytes);
-        let mut dirents: Vec<Dirent> = Vec::new();
+        let mut dirents: SmallVec<[DirentRef<'_>; 1]> = SmallVec::new();
         while reader.remaining() > 0 {
             let discriminator = reader.u8()?;
             let file_type = FileType::from_stored(reader.u8()?)?;
             let inode = InodeNumber(reader.u64()?);
             let length = usize::from(reader.u8()?);
-            let name = reader.bytes(length)?.to_vec();
+            let name = reader.bytes(length)?;
             if dirents.last().is_some_and(|last| last.discriminator >= discriminator) {
                 return Err(reader.problem("discriminators out of order"));
             }
-            dirents.push(Dirent { discriminator, file_type, inode, name });
+            dirents.push(DirentRef { discriminator, file_type, inode, name });
         }
         if dirents.is_empty() {
             return Err(Corruption::new("directory entry", "no name"));
         }
-        Ok(Self(dirents))
+        Ok(dirents)
     }
 }
 

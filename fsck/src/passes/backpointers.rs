@@ -1,46 +1,83 @@
-//! Checks: no two extents share space, but for the parts of one compressed frame; every backpointer leads to an extent that has it. Backpointers stand in
-//! the order of the device, so neighbours are all that is compared. Collects nothing.
+//! Checks: no two extents share space, but for the parts of one compressed frame; every extent has its backpointers, and every backpointer leads to an
+//! extent that has it. Backpointers stand in the order of the device, so neighbours are all that is compared; and whether they are just those that extents
+//! ought to have is seen by the sums of their keyed hashes, in whatever order they come. Where the sums differ, each is looked up. Collects nothing.
 
 use coppicefs::Result;
+use coppicefs::btree::Keys;
 use coppicefs::format::extent::{DataExtent, ExtentPointer, ExtentValue};
 use coppicefs::format::space::Backpointer;
 use coppicefs::format::superblock::{Geometry, Superblock};
 use coppicefs::format::{BtreeId, Position};
 
+use super::extents::for_each_expected;
 use super::{Checker, unless_damaged};
 use crate::problem::Problem;
 use crate::state::PhysicalRange;
 
 pub(super) fn run(checker: &mut Checker<'_>) -> Result<()> {
-    let mut others = std::mem::take(&mut checker.state.without_backpointer);
-    others.sort_unstable();
-    let mut found = 0;
-    checker.for_each_batch(BtreeId::Backpointers, |_, keys| {
-        found += keys.len() as u64;
-        Ok(())
-    })?;
-    // Every expected backpointer was looked up: if all were there, and there are no more, all are right. Else each must prove itself.
-    let all_are_right = others.is_empty() && found == checker.state.backpointers_expected;
+    let mut found = (0_u64, 0_u64);
+    let mut neighbours = Neighbours::default();
     let bucket_bytes = u64::from(checker.filesystem.superblock().geometry.bucket_bytes);
-    let mut others = others.into_iter().peekable();
-    let mut neighbours = Neighbours { furthest: None };
-    checker.for_each_batch(BtreeId::Backpointers, |checker, keys| {
-        for (place, value) in keys {
-            let reason = if all_are_right { None } else { wrong_backpointer(checker, place, &value)? };
-            if let Some(reason) = reason {
-                checker.report(Problem::BackpointerWrong { place, reason });
-                continue;
+    checker.for_each_batch(BtreeId::Backpointers, |checker, batch| {
+        for (place, value) in batch.iter().flat_map(Keys::iter) {
+            let hash = checker.state.backpointer_hash(place, value);
+            found = (found.0 + 1, found.1.wrapping_add(hash));
+            if let Ok(backpointer) = Backpointer::decode(value) {
+                neighbours.pass(range_of(place, &backpointer, bucket_bytes));
             }
-            let Ok(backpointer) = Backpointer::decode(&value) else { continue };
-            let range = range_of(place, &backpointer, bucket_bytes);
-            while let Some(other) = others.next_if(|other| *other <= range) {
-                neighbours.pass(checker, other);
-            }
-            neighbours.pass(checker, range);
         }
         Ok(())
     })?;
-    others.for_each(|other| neighbours.pass(checker, other));
+    // They are just those that there ought to be, if there are as many and the sums are the same. Else each must prove itself.
+    if found == (checker.state.backpointers_expected, checker.state.backpointers_sum) {
+        neighbours.problems.into_iter().for_each(|problem| checker.report(problem));
+        return Ok(());
+    }
+    check_each(checker)
+}
+
+/// Looks for the backpointer of each extent, and for the extent of each backpointer.
+fn check_each(checker: &mut Checker<'_>) -> Result<()> {
+    let bucket_bytes = u64::from(checker.filesystem.superblock().geometry.bucket_bytes);
+    let block_bytes = checker.filesystem.superblock().geometry.block_bytes;
+    let mut others = Vec::new();
+    for_each_expected(checker, |checker, position, data, pointer, place, expected| {
+        let problem = match unless_damaged(checker.filesystem.forest().get(BtreeId::Backpointers, place))? {
+            Ok(Some(value)) if Backpointer::decode(&value).ok() == Some(expected) => return Ok(()),
+            Ok(Some(_)) => Some(Problem::BackpointerWrong { place, reason: format!("it is not that of {position}") }),
+            Ok(None) => Some(Problem::BackpointerMissing { extent: position, place }),
+            Err(_) => None,
+        };
+        others.push(PhysicalRange {
+            device: pointer.device.0,
+            offset: pointer.offset,
+            bytes: data.disk_bytes,
+            block: data.frame_offset / block_bytes,
+            position,
+        });
+        problem.into_iter().for_each(|problem| checker.report(problem));
+        Ok(())
+    })?;
+    others.sort_unstable();
+    let mut others = others.into_iter().peekable();
+    let mut neighbours = Neighbours::default();
+    checker.for_each_batch(BtreeId::Backpointers, |checker, batch| {
+        for (place, value) in batch.iter().flat_map(Keys::iter) {
+            if let Some(reason) = wrong_backpointer(checker, place, value)? {
+                checker.report(Problem::BackpointerWrong { place, reason });
+                continue;
+            }
+            let Ok(backpointer) = Backpointer::decode(value) else { continue };
+            let range = range_of(place, &backpointer, bucket_bytes);
+            while let Some(other) = others.next_if(|other| *other <= range) {
+                neighbours.pass(other);
+            }
+            neighbours.pass(range);
+        }
+        Ok(())
+    })?;
+    others.for_each(|other| neighbours.pass(other));
+    neighbours.problems.into_iter().for_each(|problem| checker.report(problem));
     Ok(())
 }
 
@@ -56,16 +93,18 @@ fn range_of(place: Position, backpointer: &Backpointer, bucket_bytes: u64) -> Ph
 }
 
 /// Ranges in the order of the device.
+#[derive(Default)]
 struct Neighbours {
     /// The one that reaches furthest so far.
     furthest: Option<PhysicalRange>,
+    problems: Vec<Problem>,
 }
 
 impl Neighbours {
-    fn pass(&mut self, checker: &mut Checker<'_>, range: PhysicalRange) {
+    fn pass(&mut self, range: PhysicalRange) {
         let end = |range: &PhysicalRange| (range.device, range.offset.saturating_add(u64::from(range.bytes)));
         if let Some(other) = self.furthest.filter(|other| share_space(other, &range)) {
-            checker.report(Problem::ExtentsShareSpace {
+            self.problems.push(Problem::ExtentsShareSpace {
                 position: range.position,
                 other: other.position,
                 device: range.device,

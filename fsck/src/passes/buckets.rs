@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 
 use coppicefs::Result;
+use coppicefs::btree::Keys;
 use coppicefs::format::journal::AccountingCounter;
 use coppicefs::format::space::{Bucket, BucketState, DeviceUsage, FreeBucket};
 use coppicefs::format::{BtreeId, Position};
@@ -17,9 +18,9 @@ type BucketKey = (u8, u64);
 const BUCKET_TREES: [BtreeId; 3] = [BtreeId::Buckets, BtreeId::FreeSpace, BtreeId::NeedDiscard];
 
 pub(super) fn run(checker: &mut Checker<'_>) -> Result<()> {
-    keep_lost_buckets(checker);
     let free = index_keys(checker, BtreeId::FreeSpace)?;
     let need_discard = index_keys(checker, BtreeId::NeedDiscard)?;
+    keep_lost_buckets(checker);
     let mut keys: BTreeSet<BucketKey> = checker.state.stored_buckets.keys().copied().collect();
     keys.extend(checker.state.data_buckets.keys());
     keys.extend(checker.state.metadata_buckets.keys());
@@ -52,15 +53,15 @@ fn keep_lost_buckets(checker: &mut Checker<'_>) {
 /// The buckets that a tree of buckets names.
 fn index_keys(checker: &mut Checker<'_>, btree: BtreeId) -> Result<BTreeSet<BucketKey>> {
     let mut found = BTreeSet::new();
-    checker.for_each_batch(btree, |checker, keys| {
-        for (position, value) in keys {
+    checker.for_each_batch(btree, |checker, batch| {
+        for (position, value) in batch.iter().flat_map(Keys::iter) {
             let Some((device, bucket)) = bucket_at(checker, position) else {
                 checker.report(Problem::IndexKeyStray { btree, position });
                 continue;
             };
             found.insert((device, bucket));
             if btree == BtreeId::FreeSpace
-                && let Err(error) = FreeBucket::decode(&value)
+                && let Err(error) = FreeBucket::decode(value)
             {
                 checker.report(Problem::FreeSpaceValue { device, bucket, reason: error.to_string() });
             }

@@ -2,28 +2,36 @@
 //! exist with the type that they say; a directory has one name. Collects: names by inode, entries by directory.
 
 use coppicefs::Result;
-use coppicefs::format::namespace::{Dirent, DirentBucket, FileType, NAME_BYTES_MAX};
+use coppicefs::error::Corruption;
+use coppicefs::format::namespace::{DirentBucket, DirentRef, FileType, NAME_BYTES_MAX};
 use coppicefs::format::{BtreeId, Position};
 use coppicefs::units::InodeNumber;
-use rayon::prelude::*;
+use smallvec::SmallVec;
 
 use super::{Checker, printable};
 use crate::problem::Problem;
-use crate::state::Window;
+use crate::state::{Found, Window};
+
+/// An entry as it is stored, and what was worked out beside the others.
+struct Entry<'k> {
+    stored: DirentRef<'k>,
+    hash: u64,
+    target: Option<Found>,
+}
+
+type Bucket<'k> = SmallVec<[Entry<'k>; 1]>;
 
 pub(super) fn run(checker: &mut Checker<'_>) -> Result<()> {
-    checker.for_each_batch(BtreeId::Dirents, |checker, keys| {
+    let mut directory = Directory { inode: 0, found: None };
+    checker.for_each_batch(BtreeId::Dirents, |checker, batch| {
         let namespace = checker.filesystem.namespace();
-        let decoded: Vec<_> = keys
-            .into_par_iter()
-            .map(|(position, value)| {
-                let bucket = DirentBucket::decode(&value);
-                let hashes: Vec<u64> =
-                    bucket.iter().flat_map(|bucket| &bucket.0).map(|dirent| namespace.hash(&dirent.name)).collect();
-                (position, bucket, hashes)
-            })
-            .collect();
-        for (position, bucket, hashes) in decoded {
+        let state = &checker.state;
+        let look_up = |stored: DirentRef<'_>| (namespace.hash(stored.name), state.find(stored.inode.0));
+        let parse = |_, value| -> std::result::Result<Bucket<'_>, Corruption> {
+            let entries = DirentBucket::parse(value)?.into_iter();
+            Ok(entries.map(|stored| (stored, look_up(stored))).map(Entry::from).collect())
+        };
+        for (position, bucket) in super::decoded(batch, parse).into_iter().flatten() {
             let is_ours = checker.state.window.contains(position.inode);
             match bucket {
                 Ok(_) if !checker.is_place(position) => {
@@ -32,15 +40,10 @@ pub(super) fn run(checker: &mut Checker<'_>) -> Result<()> {
                     }
                 }
                 Ok(bucket) => {
-                    let mut seen: Vec<&[u8]> = Vec::new();
-                    for (dirent, hash) in bucket.0.iter().zip(hashes) {
-                        let twice = seen.contains(&dirent.name.as_slice());
-                        seen.push(&dirent.name);
-                        if is_ours {
-                            check_name(checker, position, dirent, hash, twice);
-                        }
-                        check_dirent(checker, position, dirent);
+                    if directory.inode != position.inode {
+                        directory = Directory { inode: position.inode, found: checker.state.find(position.inode) };
                     }
+                    check_bucket(checker, position, &bucket, directory, is_ours);
                 }
                 Err(error) if is_ours => checker.undecodable(BtreeId::Dirents, position, &error),
                 Err(_) => {}
@@ -50,8 +53,38 @@ pub(super) fn run(checker: &mut Checker<'_>) -> Result<()> {
     })
 }
 
-fn check_name(checker: &mut Checker<'_>, position: Position, dirent: &Dirent, hash: u64, twice: bool) {
-    let reason = if !is_possible(&dirent.name) {
+impl<'k> From<(DirentRef<'k>, (u64, Option<Found>))> for Entry<'k> {
+    fn from((stored, (hash, target)): (DirentRef<'k>, (u64, Option<Found>))) -> Self {
+        Self { stored, hash, target }
+    }
+}
+
+/// The directory that the last entry was in.
+#[derive(Clone, Copy)]
+struct Directory {
+    inode: u64,
+    found: Option<Found>,
+}
+
+fn check_bucket(
+    checker: &mut Checker<'_>,
+    position: Position,
+    bucket: &Bucket<'_>,
+    directory: Directory,
+    is_ours: bool,
+) {
+    for (index, entry) in bucket.iter().enumerate() {
+        if is_ours {
+            let twice = bucket.iter().take(index).any(|before| before.stored.name == entry.stored.name);
+            check_name(checker, position, entry, twice);
+        }
+        check_dirent(checker, position, entry, directory);
+    }
+}
+
+fn check_name(checker: &mut Checker<'_>, position: Position, entry: &Entry<'_>, twice: bool) {
+    let Entry { stored, hash, .. } = *entry;
+    let reason = if !is_possible(stored.name) {
         "not a possible name".into()
     } else if twice {
         "it is there twice".into()
@@ -60,43 +93,44 @@ fn check_name(checker: &mut Checker<'_>, position: Position, dirent: &Dirent, ha
     } else {
         return;
     };
-    let (discriminator, name) = (dirent.discriminator, printable(&dirent.name));
+    let (discriminator, name) = (stored.discriminator, printable(stored.name));
     checker.report(Problem::DirentName { position, discriminator, name, reason });
 }
 
 /// What an entry says of its directory is counted where that is in the window, and what it says of its target where that is.
-fn check_dirent(checker: &mut Checker<'_>, position: Position, dirent: &Dirent) {
+fn check_dirent(checker: &mut Checker<'_>, position: Position, entry: &Entry<'_>, directory: Directory) {
     let Window { first, last } = checker.state.window;
     let here = |inode: u64| (first..=last).contains(&inode);
-    let (directory, inode, discriminator) = (position.inode, dirent.inode.0, dirent.discriminator);
-    if !here(directory) && !here(inode) {
+    let stored = &entry.stored;
+    let (inode, discriminator) = (stored.inode.0, stored.discriminator);
+    if !here(directory.inode) && !here(inode) {
         return;
     }
-    if !checker.state.is_directory(directory) {
-        if here(directory) {
-            checker.report(Problem::DirentOwner { position, discriminator, name: printable(&dirent.name) });
+    let Some(directory) = directory.found.filter(|found| found.is_directory) else {
+        if here(directory.inode) {
+            checker.report(Problem::DirentOwner { position, discriminator, name: printable(stored.name) });
         }
         return;
-    }
-    if !checker.state.exists(inode) {
+    };
+    let Some(target) = entry.target else {
         if here(inode) {
-            let name = printable(&dirent.name);
+            let name = printable(stored.name);
             checker.report(Problem::DirentDangling { position, discriminator, name, inode });
         }
         return;
-    }
-    let is_second = here(inode) && !name_target(checker, position, dirent);
-    let is_subdirectory = !is_second && checker.state.is_directory(inode);
-    if let Some(facts) = checker.state.inode_mut(directory) {
+    };
+    let is_second = here(inode) && !name_target(checker, position, stored, target);
+    let is_subdirectory = !is_second && target.is_directory;
+    if let Some(facts) = checker.state.facts_of(directory) {
         facts.entries += 1;
         facts.subdirectories += u32::from(is_subdirectory);
     }
 }
 
 /// Counts a name of an inode of the window. Returns `false` if it is a second one of a directory.
-fn name_target(checker: &mut Checker<'_>, position: Position, dirent: &Dirent) -> bool {
+fn name_target(checker: &mut Checker<'_>, position: Position, dirent: &DirentRef<'_>, found: Found) -> bool {
     let here = (position.inode, position.offset);
-    let Some(target) = checker.state.inode_mut(dirent.inode.0) else { return true };
+    let Some(target) = checker.state.facts_of(found) else { return true };
     let actual = target.file_type;
     if actual == Some(FileType::Directory) && (target.names > 0 || dirent.inode == InodeNumber::ROOT) {
         let is_the_known_one = target.parent == here && !target.parent_confirmed;
@@ -104,12 +138,13 @@ fn name_target(checker: &mut Checker<'_>, position: Position, dirent: &Dirent) -
         if let Some((other, _)) = before {
             (target.named_at, target.parent_confirmed) = (Some(here), true);
             for (directory, change) in [(other, -1), (position.inode, 1)] {
-                if let Some(facts) = checker.state.inode_mut(directory) {
+                let facts = checker.state.find(directory).and_then(|found| checker.state.facts_of(found));
+                if let Some(facts) = facts {
                     facts.subdirectories = facts.subdirectories.saturating_add_signed(change);
                 }
             }
         }
-        second_name(checker, position, dirent, printable(&dirent.name), before);
+        second_name(checker, position, dirent, printable(dirent.name), before);
         return false;
     }
     target.names += 1;
@@ -119,7 +154,7 @@ fn name_target(checker: &mut Checker<'_>, position: Position, dirent: &Dirent) -
         && actual != dirent.file_type
     {
         let (stored, actual) = (dirent.file_type as u8, actual as u8);
-        let (discriminator, name) = (dirent.discriminator, printable(&dirent.name));
+        let (discriminator, name) = (dirent.discriminator, printable(dirent.name));
         checker.report(Problem::DirentType { position, discriminator, name, stored, actual });
     }
     true
@@ -136,7 +171,7 @@ pub(crate) fn is_possible(name: &[u8]) -> bool {
 fn second_name(
     checker: &mut Checker<'_>,
     position: Position,
-    dirent: &Dirent,
+    dirent: &DirentRef<'_>,
     name: String,
     first: Option<(u64, u64)>,
 ) {

@@ -2,6 +2,7 @@
 //! the window. An orphan is work that a record has promised, and counts as clean.
 
 use coppicefs::Result;
+use coppicefs::btree::Keys;
 use coppicefs::format::BtreeId;
 use coppicefs::format::namespace::LoggedOperation;
 
@@ -10,17 +11,17 @@ use crate::problem::Problem;
 
 pub(super) fn run(checker: &mut Checker<'_>) -> Result<()> {
     if checker.state.window.first == 0 {
-        checker.for_each_batch(BtreeId::LoggedOperations, |checker, keys| {
-            for (position, value) in keys {
-                if let Err(error) = LoggedOperation::decode(&value) {
+        checker.for_each_batch(BtreeId::LoggedOperations, |checker, batch| {
+            for (position, value) in batch.iter().flat_map(Keys::iter) {
+                if let Err(error) = LoggedOperation::decode(value) {
                     checker.undecodable(BtreeId::LoggedOperations, position, &error);
                 }
             }
             Ok(())
         })?;
     }
-    checker.for_each_batch(BtreeId::Orphans, |checker, keys| {
-        for (position, _) in keys {
+    checker.for_each_batch(BtreeId::Orphans, |checker, batch| {
+        for (position, _) in batch.iter().flat_map(Keys::iter) {
             let inode = position.offset;
             if !checker.state.window.contains(inode) {
                 continue;

@@ -1,6 +1,7 @@
 //! Checks: extended attributes decode, belong to an inode that exists, and stand under the hash of their name. Collects nothing.
 
 use coppicefs::Result;
+use coppicefs::btree::Keys;
 use coppicefs::format::BtreeId;
 use coppicefs::format::namespace::{NAME_BYTES_MAX, XattrBucket};
 use rayon::prelude::*;
@@ -9,16 +10,17 @@ use super::{Checker, printable};
 use crate::problem::Problem;
 
 pub(super) fn run(checker: &mut Checker<'_>) -> Result<()> {
-    checker.for_each_of_window(BtreeId::Xattrs, |checker, keys| {
+    checker.for_each_of_window(BtreeId::Xattrs, |checker, batch| {
         let namespace = checker.filesystem.namespace();
         let state = &checker.state;
         let is_place = |position| checker.is_place(position);
-        let found: Vec<Problem> = keys
-            .into_par_iter()
+        let found: Vec<Problem> = batch
+            .par_iter()
+            .flat_map_iter(Keys::iter)
             .flat_map_iter(|(position, value)| {
                 let undecodable =
                     |reason: String| vec![Problem::KeyUndecodable { btree: BtreeId::Xattrs, position, reason }];
-                let bucket = match XattrBucket::decode(&value) {
+                let bucket = match XattrBucket::decode(value) {
                     Ok(_) if !is_place(position) => return undecodable("no file has a key there".into()),
                     Ok(bucket) => bucket,
                     Err(error) => return undecodable(error.to_string()),

@@ -5,6 +5,7 @@ mod damage;
 mod disk;
 mod memory;
 mod speed;
+mod stream;
 mod threads;
 mod waiting;
 mod world;
