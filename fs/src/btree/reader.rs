@@ -41,10 +41,15 @@ impl NodeReader {
         Ok(image::decode(self.superblock.filesystem, &buffer, pointer, copy, expected)?)
     }
 
+    /// Checks that what a pointer says can be true here.
+    pub(super) fn check_pointer(&self, pointer: &NodePointer) -> Result<()> {
+        let sizes: SmallVec<[u64; 4]> = self.devices.iter().map(|device| device.size_bytes()).collect();
+        Ok(image::check_pointer(pointer, u64::from(self.superblock.geometry.node_bytes), &sizes)?)
+    }
+
     /// Reads what is published of one copy.
     fn read_slot(&self, pointer: &NodePointer, copy: NodeAddress) -> Result<AlignedBuffer> {
-        let sizes: Vec<u64> = self.devices.iter().map(|device| device.size_bytes()).collect();
-        image::check_pointer(pointer, u64::from(self.superblock.geometry.node_bytes), &sizes)?;
+        self.check_pointer(pointer)?;
         // At most a slot: the pointer was checked.
         let mut buffer = AlignedBuffer::try_zeroed(image::append_offset(pointer.written_bytes as usize))?;
         let mut outcome = Ok(());
@@ -119,9 +124,8 @@ impl NodeReader {
         spare: &SpareBuffers,
     ) -> Result<Fetch> {
         let node_bytes = u64::from(self.superblock.geometry.node_bytes);
-        let sizes: SmallVec<[u64; 4]> = self.devices.iter().map(|device| device.size_bytes()).collect();
         let mut copies = SmallVec::new();
-        let refused = image::check_pointer(&pointer, node_bytes, &sizes).err().map(Error::from);
+        let refused = self.check_pointer(&pointer).err();
         if refused.is_none() {
             for &address in pointer.copies.iter().take(if all_copies { usize::MAX } else { 1 }) {
                 // The largest that there can be, so that it fits the next one, too.

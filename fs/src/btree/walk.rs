@@ -58,8 +58,8 @@ impl PublishedNode {
 
 /// What a walk does.
 pub struct Walk<'a> {
-    /// Whether the nodes of a tree and level are read. Others are visited unread, with no keys and their copies taken for good: only leaves can be left
-    /// out, since what is below others would not be found.
+    /// Whether the nodes of a tree and level are read. Others are visited unread, with no keys and their copies taken for good if there can be such: only
+    /// leaves can be left out, since what is below others would not be found.
     pub reads: &'a dyn Fn(BtreeId, u8) -> bool,
 }
 
@@ -145,9 +145,10 @@ fn read_batch(
             fetches.push(reader.prepare(pointer, expected, true, spare)?);
             unread.push(None);
         } else {
-            let copies = pointer.copies.iter().map(|&address| (address, Ok(()))).collect();
+            let checked = reader.check_pointer(&pointer);
+            let copies = pointer.copies.iter().map(|&address| (address, checked.clone())).collect();
             let Expected { btree, level, minimum, limit } = expected;
-            let keys = Ok(Keys::default());
+            let keys = checked.map(|()| Keys::default());
             unread.push(Some(PublishedNode { btree, level, pointer, minimum, limit, copies, keys }));
         }
     }

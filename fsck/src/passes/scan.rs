@@ -12,7 +12,7 @@ use coppicefs::btree::{Around, Keys, LeafRange, NodeReader, PublishedNode, strea
 use coppicefs::format::checkpoint::Checkpoint;
 use coppicefs::format::{BtreeId, Position};
 
-use super::Checker;
+use super::{Checker, unless_damaged};
 use crate::problem::Problem;
 use crate::state::Window;
 
@@ -117,8 +117,10 @@ impl Checker<'_> {
             if let Some(before) = first.predecessor().filter(|before| from <= *before) {
                 batch.append(&mut self.scan_trees(range.btree, from, before)?);
             }
+            // Where the trees cannot even be asked, looking for the keys tells what is lost.
+            let is_present = unless_damaged(self.filesystem.forest().is_as_published(leaf))?.unwrap_or(false);
             match &leaf.keys {
-                Ok(keys) if self.filesystem.forest().is_as_published(leaf)? => batch.push(keys.within(first, last)),
+                Ok(keys) if is_present => batch.push(keys.within(first, last)),
                 _ => batch.append(&mut self.scan_trees(range.btree, first, last)?),
             }
             *cursor = last.successor();
@@ -156,7 +158,12 @@ impl Checker<'_> {
         let (btree, level, from) = (node.btree, node.level, node.minimum);
         if let Err(error) = &node.keys {
             let to = node.last_position();
-            self.state.lost.entry(btree as u8).or_default().push((from, to));
+            let known = self.state.lost.entry(btree as u8).or_default();
+            // The nodes pass has told of pointers that lead nowhere.
+            if known.contains(&(from, to)) {
+                return;
+            }
+            known.push((from, to));
             self.report(Problem::NodeUnreadable { btree, level, from, to, reason: error.to_string() });
             return;
         }
