@@ -1,17 +1,16 @@
 //! How commands print: a table for people, or JSON with `--json`. Sizes are in bytes in JSON, humane in tables.
 
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+use coppicefs::output::Output;
 use serde::Serialize;
 
 /// Prints a value as JSON.
 ///
 /// # Errors
-/// If standard output is closed.
+/// If the value has no JSON.
 pub fn json<T: Serialize>(value: &T) -> anyhow::Result<()> {
-    use std::io::Write;
-    let mut out = std::io::stdout().lock();
-    serde_json::to_writer_pretty(&mut out, value)?;
-    writeln!(out)?;
+    serde_json::to_writer_pretty(Output, value)?;
+    say!("");
     Ok(())
 }
 
@@ -39,7 +38,7 @@ pub fn align_right(table: &mut Table, first: usize) {
 /// Prints a table, without spaces at the ends of lines.
 pub fn print(table: &Table) {
     for line in table.lines() {
-        println!("{}", line.trim_end());
+        say!("{}", line.trim_end());
     }
 }
 
