@@ -1,8 +1,6 @@
 //! Targets that decode: superblock, journal record, node, values of keys.
 
-use std::sync::Arc;
-
-use coppicefs::device::{BlockDevice, Image, SimDevice, SimOptions};
+use coppicefs::device::BlockDevice;
 use coppicefs::format::BtreeId;
 use coppicefs::format::checkpoint::{Checkpoint, MAP_PAGE_BYTES, decode_map_page};
 use coppicefs::format::checksum::metadata_checksum;
@@ -14,7 +12,7 @@ use coppicefs::format::node::{APPEND_ALIGNMENT_BYTES, BsetHeader, HEADER_BYTES, 
 use coppicefs::format::space::{Backpointer, Bucket, DeviceUsage, FreeBucket};
 use coppicefs::format::superblock::Superblock;
 
-use super::image::good_image;
+use super::image::{device_of, good_image};
 use crate::regions::regions;
 
 /// Where a structure's checksum lies, how long its header is, and where the header says how much follows, in which unit.
@@ -171,10 +169,6 @@ fn decode_value(btree: BtreeId, bytes: &[u8]) -> bool {
         BtreeId::Devices => round_trip!(DeviceUsage, bytes),
         BtreeId::NeedDiscard | BtreeId::Orphans => bytes.is_empty(),
     }
-}
-
-fn device_of(image: Image) -> Arc<SimDevice> {
-    Arc::new(SimDevice::from_image(image, SimOptions { block_bytes: 512, ..SimOptions::default() }))
 }
 
 /// What the good image holds of these structures.
