@@ -6,6 +6,7 @@
 
 pub mod units;
 pub mod error;
+pub mod output;
 pub mod sync;
 pub mod env;
 #[cfg(not(loom))]

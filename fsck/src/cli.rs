@@ -1,6 +1,6 @@
 //! The command line of fsck, and its exit codes: those of fsck(8).
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -79,7 +79,7 @@ pub struct Arguments {
 /// What the exit codes mean, for `--help`.
 pub const EXIT_CODES: &str = "\
 Exit codes, as fsck(8) has them: 0 nothing is wrong; 1 problems were repaired; 4 problems are left (always with -n), 5 if others were repaired; \
-8 the check could not be made, or what is left takes --rebuild; 16 the command line is wrong. With --rebuild: 1 it is rebuilt and clean; 4 with -n, \
+8 the check could not be made or its report not be written, or what is left takes --rebuild; 16 the command line is wrong. With --rebuild: 1 it is rebuilt and clean; 4 with -n, \
 there is something to rebuild; 8 it cannot be.";
 
 /// Fewest bytes that `--memory` takes: nodes of a transaction must fit.
@@ -136,7 +136,7 @@ impl Mode {
 
 fn ask(problem: &Problem) -> bool {
     let mut answer = String::new();
-    eprint!("{}. Repair? [Y/n] ", problem.describe());
+    let _ = write!(std::io::stderr(), "{}. Repair? [Y/n] ", problem.describe());
     match std::io::stdin().read_line(&mut answer) {
         Ok(count) if count > 0 => !matches!(answer.trim(), "n" | "N" | "no"),
         _ => false,
@@ -156,7 +156,7 @@ pub fn run(arguments: &Arguments) -> u8 {
             } else {
                 String::new()
             };
-            eprintln!("fsck-coppice: {error}{hint}");
+            complain!("fsck-coppice: {error}{hint}");
             if arguments.json {
                 let said = format!("{error}{hint}");
                 say!("{}", crate::report::error_to_json(&target, &said, EXIT_OPERATIONAL));
@@ -362,7 +362,7 @@ fn print_report(arguments: &Arguments, target: &str, mode: Mode, outcome: &Outco
         let summary = Summary { target, problems: &outcome.problems, lost, repaired, exit_code: code };
         match report.to_json(&summary) {
             Ok(json) => say!("{json}"),
-            Err(error) => eprintln!("fsck-coppice: {error}"),
+            Err(error) => complain!("fsck-coppice: {error}"),
         }
         return;
     }

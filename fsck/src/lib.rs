@@ -10,13 +10,9 @@
 
 #![forbid(unsafe_code)]
 
-/// A line on standard output. Whoever read it may have gone (`fsck-coppice X | head -1`): that ends no repair.
-macro_rules! say {
-    ($($text:tt)*) => {{
-        use std::io::Write as _;
-        let _ = writeln!(std::io::stdout(), $($text)*);
-    }};
-}
+// `say!` and `complain!`, which end no program.
+#[macro_use]
+extern crate coppicefs;
 
 pub mod cli;
 pub mod damaged;

@@ -9,7 +9,8 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 use std::process::ExitCode;
 
 use clap::Parser;
-use coppicefs_fsck::cli::{Arguments, EXIT_CODES, EXIT_USAGE, in_one_line, run};
+use coppicefs::{complain, output};
+use coppicefs_fsck::cli::{Arguments, EXIT_CODES, EXIT_OPERATIONAL, EXIT_USAGE, in_one_line, run};
 
 /// Checks a coppice filesystem, and repairs it.
 #[derive(Parser)]
@@ -20,16 +21,17 @@ struct Command {
 }
 
 fn main() -> ExitCode {
-    match Command::try_parse() {
+    let code = match Command::try_parse() {
         Ok(command) => ExitCode::from(run(&command.arguments)),
         Err(error) if error.use_stderr() => {
-            eprintln!("fsck-coppice: {}", in_one_line(&error));
+            complain!("fsck-coppice: {}", in_one_line(&error));
             ExitCode::from(EXIT_USAGE)
         }
         // Help and version.
         Err(error) => {
-            let _ = error.print();
+            output::keep(error.print());
             ExitCode::SUCCESS
         }
-    }
+    };
+    output::end("fsck-coppice", code, EXIT_OPERATIONAL)
 }

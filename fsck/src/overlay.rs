@@ -82,17 +82,7 @@ impl Overlay {
 }
 
 impl BlockDevice for Overlay {
-    fn name(&self) -> &str {
-        self.below.name()
-    }
-
-    fn size_bytes(&self) -> u64 {
-        self.below.size_bytes()
-    }
-
-    fn block_bytes(&self) -> u32 {
-        self.below.block_bytes()
-    }
+    coppicefs::as_the_device_below!(below);
 
     fn is_read_only(&self) -> bool {
         false

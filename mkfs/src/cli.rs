@@ -125,7 +125,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let superblock = made?;
     describe(arguments, &superblock, "made");
     if !arguments.quiet {
-        println!("in {:.2} s", start.elapsed().as_secs_f64());
+        say!("in {:.2} s", start.elapsed().as_secs_f64());
     }
     Ok(())
 }
@@ -237,16 +237,16 @@ fn describe(arguments: &Arguments, superblock: &Superblock, did: &str) {
     let member_bytes = superblock.members.first().map_or(0, |member| member.size_bytes);
     let buckets = superblock.members.first().map_or(0, |member| member.bucket_count);
     let journal = superblock.layout.journal.first().map_or(0, |range| range.count) * u64::from(geometry.bucket_bytes);
-    println!("{did} a coppice filesystem on {}", arguments.target.display());
-    println!("  UUID         {}", superblock.filesystem);
+    say!("{did} a coppice filesystem on {}", arguments.target.display());
+    say!("  UUID         {}", superblock.filesystem);
     if !superblock.defaults.label.is_empty() {
-        println!("  label        {}", superblock.defaults.label);
+        say!("  label        {}", superblock.defaults.label);
     }
-    println!("  size         {} in {buckets} buckets of {}", size(member_bytes), size(geometry.bucket_bytes.into()));
-    println!("  blocks       {}, nodes {}", size(geometry.block_bytes.into()), size(geometry.node_bytes.into()));
-    println!("  journal      {}, {} copies of metadata", size(journal), geometry.metadata_replicas);
-    println!("  checksum     {}", arguments.checksum);
-    println!("  compression  {}", compression_name(arguments.compression));
+    say!("  size         {} in {buckets} buckets of {}", size(member_bytes), size(geometry.bucket_bytes.into()));
+    say!("  blocks       {}, nodes {}", size(geometry.block_bytes.into()), size(geometry.node_bytes.into()));
+    say!("  journal      {}, {} copies of metadata", size(journal), geometry.metadata_replicas);
+    say!("  checksum     {}", arguments.checksum);
+    say!("  compression  {}", compression_name(arguments.compression));
 }
 
 fn compression_name(compression: CompressionChoice) -> String {

@@ -5,6 +5,10 @@
 
 #![forbid(unsafe_code)]
 
+// `say!` and `complain!`, which end no program.
+#[macro_use]
+extern crate coppicefs;
+
 pub mod cli;
 pub mod layout;
 pub mod signature;

@@ -5,6 +5,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
+use coppicefs::{complain, output};
 use coppicefs_mkfs::cli::{Arguments, in_one_line, run};
 
 /// Makes a coppice filesystem on an image file or a disk.
@@ -16,22 +17,26 @@ struct Command {
 }
 
 fn main() -> ExitCode {
-    let command = match Command::try_parse() {
-        Ok(command) => command,
+    let code = match Command::try_parse() {
+        Ok(command) => make(&command.arguments),
         Err(error) if error.use_stderr() => {
-            eprintln!("mkfs-coppice: {}", in_one_line(&error));
-            return ExitCode::FAILURE;
+            complain!("mkfs-coppice: {}", in_one_line(&error));
+            ExitCode::FAILURE
         }
         // Help and version.
         Err(error) => {
-            let _ = error.print();
-            return ExitCode::SUCCESS;
+            output::keep(error.print());
+            ExitCode::SUCCESS
         }
     };
-    match run(&command.arguments) {
+    output::end("mkfs-coppice", code, 1)
+}
+
+fn make(arguments: &Arguments) -> ExitCode {
+    match run(arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("mkfs-coppice: {error:#}");
+            complain!("mkfs-coppice: {error:#}");
             ExitCode::FAILURE
         }
     }

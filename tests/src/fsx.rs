@@ -205,17 +205,7 @@ impl Fsx {
         };
         let data: Vec<u8> = (start..end).map(byte).collect();
         self.tell(format!("write {start}..{end}, append {append}, direct {direct}"));
-        let request = WriteRequest {
-            node: self.node,
-            handle: self.handle,
-            offset: start as u64,
-            data: &data,
-            direct,
-            append,
-            synchronous: false,
-            from_page_cache: false,
-            clear_set_id: false,
-        };
+        let request = WriteRequest { direct, append, ..WriteRequest::new(self.node, self.handle, start as u64, &data) };
         let written = self.vfs().write(&CALLER, &request)?;
         if written as usize != data.len() {
             return Err(difference(format!("{written} bytes written of {}", data.len())));

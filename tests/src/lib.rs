@@ -7,6 +7,7 @@
 //! - [`model`]: a plain in-memory filesystem that knows what was synced, and what a crash may leave (the oracle).
 //! - [`regions`]: where the structures of an image lie, by name.
 //! - [`shown`]: what a damaged filesystem shows, against what it should.
+//! - [`simulated`]: an image on a simulated device.
 //! - [`faulty`]: a device that misbehaves by a plan, also under a real mount.
 //! - [`crash`]: runs a workload on a simulated device, cuts the power everywhere, and asks the oracle.
 //! - [`filesystem_subject`]: coppice itself, in this process, for [`crash`].
@@ -23,6 +24,7 @@ pub mod tree;
 pub mod faulty;
 pub mod regions;
 pub mod shown;
+pub mod simulated;
 pub mod model;
 pub mod crash;
 pub mod mount;

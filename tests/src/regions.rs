@@ -14,6 +14,8 @@ use coppicefs::format::extent::ExtentValue;
 use coppicefs::format::journal::{RECORD_ALIGNMENT_BYTES, RecordHeader};
 use coppicefs::format::superblock::{BucketRange, SUPERBLOCK_BYTES, Superblock, copy_offsets};
 
+const BLOCK_BYTES: u64 = 4096;
+
 /// One structure.
 #[derive(Clone, Debug)]
 pub struct Region {
@@ -49,6 +51,19 @@ pub fn regions(device: &Arc<SimDevice>) -> Result<Vec<Region>> {
     regions.extend(journal_records(device, &superblock, &newest)?);
     regions.extend(nodes_and_data(device, superblock, &newest)?);
     Ok(regions)
+}
+
+/// Device offsets of all blocks of metadata that have another copy.
+///
+/// # Errors
+/// As [`regions`].
+pub fn metadata_blocks(device: &Arc<SimDevice>) -> Result<Vec<u64>> {
+    let regions = regions(device)?;
+    let copies = regions.iter().filter(|region| region.name != "data" && region.copies.len() > 1);
+    let blocks = copies.flat_map(|region| &region.copies);
+    Ok(blocks
+        .flat_map(|copy| (copy.start / BLOCK_BYTES * BLOCK_BYTES..copy.end).step_by(BLOCK_BYTES as usize))
+        .collect())
 }
 
 fn starts<'a>(superblock: &'a Superblock, ranges: &'a [BucketRange]) -> impl Iterator<Item = Range<u64>> + 'a {

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use coppicefs::Error;
-use coppicefs::device::{BlockDevice, Image, SimDevice, SimOptions};
+use coppicefs::device::{BlockDevice, Image, SimDevice};
 use coppicefs::space::TestSwitches;
 use coppicefs_tests::crash::{Subject, seed_or};
 use coppicefs_tests::filesystem_subject::Coppice;
@@ -17,16 +17,13 @@ use coppicefs_tests::mount::count;
 use coppicefs_tests::operation::Operation;
 use coppicefs_tests::regions::{Region, regions};
 use coppicefs_tests::shown::{Shown, show};
+use coppicefs_tests::simulated::device_of;
 use coppicefs_tests::tree::Tree;
 use rand_xoshiro::Xoshiro256PlusPlus;
 use rand_xoshiro::rand_core::{Rng, SeedableRng};
 use rustix::io::Errno;
 
 const DEVICE_BYTES: u64 = 16 << 20;
-
-fn device_of(image: Image) -> Arc<SimDevice> {
-    Arc::new(SimDevice::from_image(image, SimOptions { block_bytes: 4096, ..SimOptions::default() }))
-}
 
 fn dynamic(device: &Arc<SimDevice>) -> Arc<dyn BlockDevice> {
     Arc::clone(device) as _

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 const LAYERS: &[&str] = &[
     "units",
     "error",
+    "output",
     "sync",
     "env",
     "options",
@@ -41,6 +42,10 @@ const ALLOWED: &[(&str, &str)] = &[
 
 /// Modules that may contain `unsafe`.
 const UNSAFE_ALLOWED: &[&str] = &["memory", "device", "fuse"];
+
+/// Programs' files that still print with `println!` or `eprintln!`.
+const STILL_PRINT: &[&str] =
+    &["fsck/src/rebuild/command.rs", "tools/src/commands/restore/mod.rs", "tools/src/commands/restore/report.rs"];
 
 /// Lines of a file past which it must be split.
 const LINES_MAX: usize = 1000;
@@ -128,6 +133,24 @@ fn unsafe_is_only_where_it_is_allowed() {
         .map(|file| file.display().to_string())
         .collect();
     assert!(wrong.is_empty(), "unsafe code in {}", wrong.join(", "));
+}
+
+/// `println!` panics where its reader has gone, in the middle of whatever the program does: `say!` and `complain!` do not.
+#[test]
+fn no_program_ends_by_printing() {
+    let folders = ["mkfs/src", "fsck/src", "tools/src", "tests/src/bin"];
+    let wrong: Vec<_> = folders
+        .iter()
+        .flat_map(|folder| {
+            let mut files = Vec::new();
+            rust_files(&repository().join(folder), &mut files);
+            files
+        })
+        .filter(|file| ["println!(", "print!("].iter().any(|found| code(file).contains(found)))
+        .filter(|file| !STILL_PRINT.iter().any(|name| file.ends_with(name)))
+        .map(|file| file.display().to_string())
+        .collect();
+    assert!(wrong.is_empty(), "println! and the like in {}", wrong.join(", "));
 }
 
 #[test]

@@ -11,18 +11,12 @@ use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use coppicefs::btree::{NodeReader, walk_published};
 use coppicefs::device::{BlockDevice, Image, MemDevice};
 use coppicefs::env::Env;
 use coppicefs::filesystem::format::test_geometry;
 use coppicefs::filesystem::{Filesystem, OpenOptions, WorkerSet};
-use coppicefs::format::checkpoint::{MAP_PAGE_BYTES, RECORD_SLOT_BYTES, RECORD_SLOTS};
 use coppicefs::format::namespace::{FileType, Inode};
-use coppicefs::format::superblock::copy_offsets;
 use coppicefs::format::{BtreeId, Position};
-use coppicefs::journal::{JournalConfig, read_log};
-use coppicefs::metrics::Metrics;
-use coppicefs::recovery::superblock;
 use coppicefs::units::InodeNumber;
 use coppicefs::vfs::{
     Caller, ScrubAsk, ScrubControl, ScrubReport, ScrubRequest, ScrubState, ScrubStatus, WriteRequest,
@@ -32,6 +26,8 @@ use coppicefs_tests::crash::seed_or;
 use coppicefs_tests::damage::Target;
 use coppicefs_tests::limit::{Limit, finish};
 use coppicefs_tests::mount::{Site, assert_refused, count, run, wait_until};
+use coppicefs_tests::regions::metadata_blocks;
+use coppicefs_tests::simulated::device_of;
 use rand_xoshiro::Xoshiro256PlusPlus;
 use rand_xoshiro::rand_core::{Rng, SeedableRng};
 
@@ -57,17 +53,7 @@ fn made(is_closed: bool) -> Image {
             let (entry, opened) = vfs.create(&CALLER, made, OsStr::new(&name), 0o644, 2).unwrap();
             let node = entry.attributes.node;
             let data = format!("{name};").into_bytes().repeat(1 + 40 * (file as usize % 20));
-            let request = WriteRequest {
-                node,
-                handle: opened.handle,
-                offset: 0,
-                data: &data,
-                direct: false,
-                append: false,
-                synchronous: false,
-                from_page_cache: false,
-                clear_set_id: false,
-            };
+            let request = WriteRequest::new(node, opened.handle, 0, &data);
             vfs.write(&CALLER, &request).unwrap();
             vfs.set_xattr(&CALLER, node, OsStr::new("user.number"), name.as_bytes(), 0).unwrap();
             vfs.release(node, opened.handle).unwrap();
@@ -114,37 +100,6 @@ fn everything(filesystem: &Filesystem) -> BTreeMap<(BtreeId, Position), Vec<u8>>
     found
 }
 
-/// Device offsets of all blocks of metadata that have another copy.
-fn metadata_blocks(image: &Image) -> Vec<u64> {
-    let device: Arc<dyn BlockDevice> = Arc::new(MemDevice::from_image(image.clone(), true));
-    let found = superblock::read(&*device).unwrap().superblock;
-    let reader = NodeReader::new(Arc::new(found.clone()), vec![Arc::clone(&device)], Arc::new(Metrics::default()));
-    let newest = reader.choose_checkpoint().unwrap().newest;
-    let bucket_bytes = u64::from(found.geometry.bucket_bytes);
-    let mut blocks: Vec<u64> = copy_offsets(device.size_bytes()).into_iter().collect();
-    for area in &found.layout.checkpoints {
-        let start = area.first * bucket_bytes;
-        blocks.push(start + newest.number % RECORD_SLOTS * RECORD_SLOT_BYTES as u64);
-        let pages = newest.map.iter().map(|page| u64::from(page.place) * MAP_PAGE_BYTES as u64);
-        blocks.extend(pages.map(|page| start + RECORD_SLOTS * RECORD_SLOT_BYTES as u64 + page));
-    }
-    walk_published(&reader, &newest, &mut |node| {
-        for copy in &node.pointer.copies {
-            blocks.extend((copy.offset..copy.offset + u64::from(node.pointer.written_bytes)).step_by(BLOCK as usize));
-        }
-        Ok(())
-    })
-    .unwrap();
-    let log = read_log(&JournalConfig::new(&found, vec![device], None), &newest).unwrap();
-    if !log.is_empty() {
-        for ring in &found.layout.journal {
-            let start = ring.first * bucket_bytes;
-            blocks.extend((start + newest.first_replay_offset..start + log.offset).step_by(BLOCK as usize));
-        }
-    }
-    blocks
-}
-
 fn ask(filesystem: &Filesystem, ask: ScrubAsk, cursor: u64) -> coppicefs::vfs::ScrubPage {
     filesystem.scrub().control(ScrubRequest { ask, cursor }).unwrap()
 }
@@ -167,7 +122,7 @@ fn metadata_with_one_bad_copy_heals() {
         .into_iter()
         .map(|is_closed| {
             let image = made(is_closed);
-            let blocks = metadata_blocks(&image);
+            let blocks = metadata_blocks(&device_of(image.clone())).unwrap();
             let filesystem = open(Arc::new(MemDevice::from_image(image.clone(), false))).unwrap();
             let content = everything(&filesystem);
             filesystem.close().unwrap();

@@ -6,16 +6,19 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
+use coppicefs::output;
 
 use crate::commands::{checkpoints, install, journal, layout, list, mounted, restore, scrub, show_super, usage};
 use crate::{bench, image, mount, probe, trial};
 
+/// The exit code of a command that could not do what it should.
+const EXIT_FAILURE: u8 = 1;
 /// The exit code for a command line that is wrong, as most programs have it.
 const EXIT_USAGE: u8 = 2;
 
 /// A copy-on-write filesystem in userspace.
 #[derive(Parser, Debug)]
-#[command(name = "coppice", version, arg_required_else_help = true)]
+#[command(name = "coppice", version, propagate_version = true, arg_required_else_help = true)]
 pub struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -98,43 +101,42 @@ fn parse(words: impl IntoIterator<Item = OsString>) -> ExitCode {
     match Cli::try_parse_from(&words) {
         Ok(cli) => run(cli),
         // Help, also for a command line that says nothing at all; and version.
-        Err(error) if !error.use_stderr() || words.len() < 2 => error.exit(),
+        Err(error) if !error.use_stderr() => {
+            output::keep(error.print());
+            output::end("coppice", ExitCode::SUCCESS, EXIT_FAILURE)
+        }
+        Err(error) if words.len() < 2 => {
+            let _ = error.print();
+            ExitCode::from(EXIT_USAGE)
+        }
         Err(error) => {
-            eprintln!("coppice: {}", coppicefs_fsck::cli::in_one_line(&error));
+            complain!("coppice: {}", coppicefs_fsck::cli::in_one_line(&error));
             let is_fsck = words.get(1).is_some_and(|word| word == "fsck");
             ExitCode::from(if is_fsck { coppicefs_fsck::cli::EXIT_USAGE } else { EXIT_USAGE })
         }
     }
 }
 
-fn finish(outcome: anyhow::Result<()>) -> ExitCode {
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("coppice: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
-}
-
 fn run(cli: Cli) -> ExitCode {
-    let outcome = match cli.command {
+    let (code, unwritten) = match cli.command {
         Command::Mount(command) => return mount::run(&command, image::open),
         Command::Fsck(arguments) => {
             log_to_terminal();
-            return ExitCode::from(coppicefs_fsck::cli::run(&arguments));
+            (coppicefs_fsck::cli::run(&arguments), coppicefs_fsck::cli::EXIT_OPERATIONAL)
         }
-        Command::Scrub(arguments) => return ExitCode::from(scrub::run(&arguments)),
-        Command::Restore(arguments) => {
-            // It says itself what cannot be read.
-            return ExitCode::from(restore::run(&arguments));
-        }
+        Command::Scrub(arguments) => (scrub::run(&arguments), scrub::EXIT_OPERATIONAL),
+        // It says itself what cannot be read.
+        Command::Restore(arguments) => (restore::run(&arguments), restore::EXIT_OPERATIONAL),
         command => {
             log_to_terminal();
-            run_simple(command)
+            let outcome = run_simple(command);
+            if let Err(error) = &outcome {
+                complain!("coppice: {error:#}");
+            }
+            (if outcome.is_ok() { 0 } else { EXIT_FAILURE }, EXIT_FAILURE)
         }
     };
-    finish(outcome)
+    output::end("coppice", ExitCode::from(code), unwritten)
 }
 
 fn run_simple(command: Command) -> anyhow::Result<()> {
@@ -152,10 +154,10 @@ fn run_simple(command: Command) -> anyhow::Result<()> {
         Command::Probe { json } => probe::run(json),
         Command::Install(arguments) => install::run(&arguments),
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "coppice", &mut std::io::stdout());
+            clap_complete::generate(shell, &mut Cli::command(), "coppice", &mut output::Output);
             Ok(())
         }
-        Command::Man => Ok(clap_mangen::Man::new(Cli::command()).render(&mut std::io::stdout())?),
+        Command::Man => Ok(clap_mangen::Man::new(Cli::command()).render(&mut output::Output)?),
         Command::Try(arguments) => trial::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Mount(_) | Command::Fsck(_) | Command::Restore(_) | Command::Scrub(_) => Ok(()),

@@ -2,6 +2,10 @@
 
 #![forbid(unsafe_code)]
 
+// `say!` and `complain!`, which end no program.
+#[macro_use]
+extern crate coppicefs;
+
 pub mod bench;
 pub mod cli;
 pub mod commands;

@@ -1,17 +1,16 @@
 //! How commands print: a table for people, or JSON with `--json`. Sizes are in bytes in JSON, humane in tables.
 
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+use coppicefs::output::Output;
 use serde::Serialize;
 
 /// Prints a value as JSON.
 ///
 /// # Errors
-/// If standard output is closed.
+/// If the value has no JSON.
 pub fn json<T: Serialize>(value: &T) -> anyhow::Result<()> {
-    use std::io::Write;
-    let mut out = std::io::stdout().lock();
-    serde_json::to_writer_pretty(&mut out, value)?;
-    writeln!(out)?;
+    serde_json::to_writer_pretty(Output, value)?;
+    say!("");
     Ok(())
 }
 
@@ -39,7 +38,7 @@ pub fn align_right(table: &mut Table, first: usize) {
 /// Prints a table, without spaces at the ends of lines.
 pub fn print(table: &Table) {
     for line in table.lines() {
-        println!("{}", line.trim_end());
+        say!("{}", line.trim_end());
     }
 }
 
@@ -49,21 +48,14 @@ pub fn size(bytes: u64) -> String {
     humansize::format_size(bytes, humansize::BINARY)
 }
 
-/// A moment for people, in UTC.
+/// A moment for people, in UTC, from the seconds since 1970.
 #[must_use]
 pub fn time(seconds: i64) -> String {
-    // Days from civil, after Hinnant: years begin in March, eras have 400 years.
-    let days = seconds.div_euclid(86_400) + 719_468;
-    let of_day = seconds.rem_euclid(86_400);
-    let (era, day) = (days.div_euclid(146_097), days.rem_euclid(146_097));
-    let year = (day - day / 1_460 + day / 36_524 - day / 146_096) / 365;
-    let of_year = day - (365 * year + year / 4 - year / 100);
-    let month = (5 * of_year + 2) / 153;
-    let date = of_year - (153 * month + 2) / 5 + 1;
-    let month = if month < 10 { month + 3 } else { month - 9 };
-    let year = year + era * 400 + i64::from(month <= 2);
-    let (hour, minute, second) = (of_day / 3600, of_day / 60 % 60, of_day % 60);
-    format!("{year:04}-{month:02}-{date:02} {hour:02}:{minute:02}:{second:02} UTC")
+    // Years from -9999 to 9999; what a damaged record says may be far outside.
+    match jiff::Timestamp::from_second(seconds) {
+        Ok(moment) => moment.strftime("%Y-%m-%d %H:%M:%S UTC").to_string(),
+        Err(_) => format!("{seconds} s after 1970"),
+    }
 }
 
 /// A name or other bytes that may be hostile, made printable.
@@ -83,6 +75,9 @@ mod tests {
             (951_782_400, "2000-02-29 00:00:00 UTC"),
             (1_796_058_183, "2026-11-30 17:03:03 UTC"),
             (-1, "1969-12-31 23:59:59 UTC"),
+            (253_402_207_200, "9999-12-30 22:00:00 UTC"),
+            (i64::MAX, "9223372036854775807 s after 1970"),
+            (i64::MIN, "-9223372036854775808 s after 1970"),
         ] {
             assert_eq!(time(seconds), text);
         }

@@ -48,11 +48,8 @@ impl Facts {
 /// If nothing can be mounted, or a step that no fact is about fails.
 pub fn run(json: bool) -> Result<()> {
     let facts = observe()?;
-    let mut out = std::io::stdout().lock();
     if json {
-        serde_json::to_writer_pretty(&mut out, &facts)?;
-        writeln!(out)?;
-        return Ok(());
+        return crate::output::json(&facts);
     }
     let mut table = comfy_table::Table::new();
     table.load_style(comfy_table::presets::NOTHING).set_header(["topic", "holds", "fact", "observed"]);
@@ -60,9 +57,9 @@ pub fn run(json: bool) -> Result<()> {
     for fact in &facts {
         table.add_row([fact.topic, if fact.holds { "yes" } else { "NO" }, fact.statement, &fact.observed]);
     }
-    writeln!(out, "{table}")?;
+    say!("{table}");
     let differing = facts.iter().filter(|fact| !fact.holds).count();
-    writeln!(out, "\n{} facts, {differing} of them not as the design relies on.", facts.len())?;
+    say!("\n{} facts, {differing} of them not as the design relies on.", facts.len());
     Ok(())
 }
 

@@ -66,18 +66,18 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     trial.all(arguments)?;
     let (image, mount) = (trial.image.clone(), trial.mount.clone());
     drop(trial);
-    println!("\nIt works. To go on:");
+    say!("\nIt works. To go on:");
     if arguments.keep {
         let kept = folder.keep();
-        println!("  the image is {} in {}", image.display(), kept.display());
-        println!("  coppice mount {} {}", image.display(), mount.display());
+        say!("  the image is {} in {}", image.display(), kept.display());
+        say!("  coppice mount {} {}", image.display(), mount.display());
     } else {
-        println!("  coppice mkfs disk.img --size 10G");
-        println!("  mkdir -p mnt && coppice mount disk.img mnt");
+        say!("  coppice mkfs disk.img --size 10G");
+        say!("  mkdir -p mnt && coppice mount disk.img mnt");
     }
-    println!("  coppice usage mnt; coppice stats mnt        # while it is mounted");
-    println!("  umount mnt && coppice fsck -n disk.img       # fusermount3 -u mnt as an ordinary user");
-    println!("  coppice install                              # then mount -t coppice disk.img mnt works");
+    say!("  coppice usage mnt; coppice stats mnt        # while it is mounted");
+    say!("  umount mnt && coppice fsck -n disk.img       # fusermount3 -u mnt as an ordinary user");
+    say!("  coppice install                              # then mount -t coppice disk.img mnt works");
     Ok(())
 }
 
@@ -120,7 +120,7 @@ impl Trial {
 
     fn say(&mut self, text: &str) {
         self.step += 1;
-        println!("{}. {text}", self.step);
+        say!("{}. {text}", self.step);
     }
 
     fn coppice(&self, words: &[&str], paths: &[&Path]) -> Result<()> {
@@ -190,7 +190,7 @@ impl Trial {
 fn timed<T>(work: impl FnOnce() -> Result<(T, String)>) -> Result<T> {
     let start = Instant::now();
     let (value, what) = work()?;
-    println!("   {what} in {:.2} s", start.elapsed().as_secs_f64());
+    say!("   {what} in {:.2} s", start.elapsed().as_secs_f64());
     Ok(value)
 }
 

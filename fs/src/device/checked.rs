@@ -95,17 +95,7 @@ impl fmt::Debug for CheckedDevice {
 }
 
 impl BlockDevice for CheckedDevice {
-    fn name(&self) -> &str {
-        self.inner.name()
-    }
-
-    fn size_bytes(&self) -> u64 {
-        self.inner.size_bytes()
-    }
-
-    fn block_bytes(&self) -> u32 {
-        self.inner.block_bytes()
-    }
+    crate::as_the_device_below!(inner);
 
     fn is_read_only(&self) -> bool {
         self.inner.is_read_only()

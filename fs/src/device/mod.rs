@@ -58,6 +58,24 @@ impl WriteRequest<'_> {
     }
 }
 
+/// What a device that lies over another says as that one does: its name and its measures.
+#[macro_export]
+macro_rules! as_the_device_below {
+    ($below:ident) => {
+        fn name(&self) -> &str {
+            self.$below.name()
+        }
+
+        fn size_bytes(&self) -> u64 {
+            self.$below.size_bytes()
+        }
+
+        fn block_bytes(&self) -> u32 {
+            self.$below.block_bytes()
+        }
+    };
+}
+
 /// A device. See the module's documentation for the ordering contract.
 pub trait BlockDevice: Send + Sync + std::fmt::Debug {
     /// Path or name, for messages.

@@ -36,7 +36,7 @@ pub struct FormatOptions {
     pub buckets_min: u64,
 }
 
-/// Plans the superblock of a filesystem on a device of `size_bytes`. Pure.
+/// Plans the superblock of a filesystem on a device of `size_bytes`: by these alone, but for the ids of the devices, which are random.
 ///
 /// # Errors
 /// [`Error::Unusable`] if the device is too small for this geometry; says how small it may be.

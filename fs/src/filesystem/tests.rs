@@ -22,17 +22,7 @@ fn create(filesystem: &Filesystem, name: &str, data: &[u8], fsync: bool) -> Resu
     let node = entry.attributes.node;
     let mut offset = 0;
     for chunk in data.chunks(64 << 10) {
-        let request = WriteRequest {
-            node,
-            handle: opened.handle,
-            offset,
-            data: chunk,
-            direct: false,
-            append: false,
-            synchronous: false,
-            from_page_cache: false,
-            clear_set_id: false,
-        };
+        let request = WriteRequest::new(node, opened.handle, offset, chunk);
         offset += u64::from(vfs.write(&CALLER, &request)?);
     }
     if fsync {

@@ -116,17 +116,7 @@ impl Filler<'_> {
         let mut fits = true;
         while written < bytes && fits {
             let length = (bytes - written).min(block.len() as u64) as usize;
-            let request = WriteRequest {
-                node,
-                handle: opened.handle,
-                offset: written,
-                data: &block[..length],
-                direct: false,
-                append: false,
-                synchronous: false,
-                from_page_cache: false,
-                clear_set_id: false,
-            };
+            let request = WriteRequest::new(node, opened.handle, written, &block[..length]);
             match self.vfs.write(&CALLER, &request) {
                 Ok(count) => written += u64::from(count),
                 Err(Error::NoSpace(_)) => fits = false,
@@ -351,17 +341,7 @@ fn what_fallocate_promised_can_be_written_on_a_full_filesystem() {
         println!("full with {} MiB and {} files", large.0 / MIB, small.names.len());
         let write = |offset: u64, length: usize, append: bool| {
             let data = vec![(offset >> 12) as u8 | 1; length];
-            let request = WriteRequest {
-                node,
-                handle,
-                offset,
-                data: &data,
-                direct: false,
-                append,
-                synchronous: false,
-                from_page_cache: false,
-                clear_set_id: false,
-            };
+            let request = WriteRequest { append, ..WriteRequest::new(node, handle, offset, &data) };
             let mut done = 0;
             while done < length {
                 let rest = WriteRequest { offset: offset + done as u64, data: &data[done..], ..request };

@@ -42,17 +42,7 @@ impl Site {
     }
 
     fn write(&self, (node, handle): (u64, u64), offset: u64, data: &[u8]) {
-        let request = WriteRequest {
-            node,
-            handle,
-            offset,
-            data,
-            direct: false,
-            append: false,
-            synchronous: false,
-            from_page_cache: false,
-            clear_set_id: false,
-        };
+        let request = WriteRequest::new(node, handle, offset, data);
         assert_eq!(self.filesystem.vfs().write(&CALLER, &request).unwrap() as usize, data.len());
     }
 

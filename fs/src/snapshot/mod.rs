@@ -162,40 +162,8 @@ impl Snapshots {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::btree::{Forest, ForestConfig, Opening};
-    use crate::device::{BlockDevice, MemDevice};
-    use crate::env::Env;
-    use crate::filesystem::format::{plan, test_geometry};
-    use crate::journal::{Journal, JournalConfig, JournalStart};
-    use crate::metrics::Metrics;
-    use crate::sync::atomic::AtomicU64;
     use crate::transaction::CommitOptions;
-
-    fn transactions() -> Arc<Transactions> {
-        let (env, metrics) = (Env::real(), Arc::new(Metrics::default()));
-        let size = 64 << 20;
-        let superblock = Arc::new(plan(&test_geometry(), size).unwrap());
-        let devices: Vec<Arc<dyn BlockDevice>> = vec![Arc::new(MemDevice::new(size))];
-        let config = ForestConfig {
-            superblock: Arc::clone(&superblock),
-            devices: devices.clone(),
-            cache_bytes: Arc::new(AtomicU64::new(64 << 20)),
-            dirty_bytes_max: 64 << 20,
-            epoch: 1,
-        };
-        let forest = Forest::open(config, &Opening::empty(), env.clone(), metrics.clone()).unwrap();
-        let config = JournalConfig {
-            filesystem: superblock.filesystem,
-            devices,
-            copies: superblock.layout.journal.clone(),
-            bucket_bytes: superblock.geometry.bucket_bytes,
-            record_bytes_max: 64 << 10,
-            commit_interval: Some(std::time::Duration::from_secs(1)),
-            switches: crate::alloc::TestSwitches::default(),
-        };
-        let journal = Journal::open(config, JournalStart::fresh(), env.clone(), metrics.clone()).unwrap();
-        Transactions::new(forest, journal, env, metrics)
-    }
+    use crate::transaction::tests::transactions;
 
     /// Against the definition: of the keys at a place, the one of the nearest ancestor.
     #[test]

@@ -32,7 +32,7 @@
 mod bucket;
 mod commit;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};

@@ -13,7 +13,8 @@ use crate::sync::atomic::AtomicU64;
 
 const TREE: BtreeId = BtreeId::Inodes;
 
-fn transactions() -> Arc<Transactions> {
+/// An empty forest and a fresh journal.
+pub(crate) fn transactions() -> Arc<Transactions> {
     let (env, metrics) = (Env::real(), Arc::new(Metrics::default()));
     let size = 64 << 20;
     let superblock = Arc::new(plan(&test_geometry(), size).unwrap());
@@ -27,13 +28,8 @@ fn transactions() -> Arc<Transactions> {
     };
     let forest = Forest::open(config, &Opening::empty(), env.clone(), metrics.clone()).unwrap();
     let config = JournalConfig {
-        filesystem: superblock.filesystem,
-        devices,
-        copies: superblock.layout.journal.clone(),
-        bucket_bytes: superblock.geometry.bucket_bytes,
         record_bytes_max: 64 << 10,
-        commit_interval: Some(std::time::Duration::from_secs(1)),
-        switches: crate::alloc::TestSwitches::default(),
+        ..JournalConfig::new(&superblock, devices, Some(std::time::Duration::from_secs(1)))
     };
     let journal = Journal::open(config, JournalStart::fresh(), env.clone(), metrics.clone()).unwrap();
     Transactions::new(forest, journal, env, metrics)

@@ -148,6 +148,24 @@ pub struct WriteRequest<'a> {
     pub clear_set_id: bool,
 }
 
+impl<'a> WriteRequest<'a> {
+    /// A write(2) through the cache, with no flag.
+    #[must_use]
+    pub fn new(node: u64, handle: u64, offset: u64, data: &'a [u8]) -> Self {
+        Self {
+            node,
+            handle,
+            offset,
+            data,
+            direct: false,
+            append: false,
+            synchronous: false,
+            from_page_cache: false,
+            clear_set_id: false,
+        }
+    }
+}
+
 /// One entry of a directory, as readdir gives it.
 #[derive(Clone, Copy, Debug)]
 pub struct DirectoryEntry<'a> {

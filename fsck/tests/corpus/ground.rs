@@ -67,17 +67,7 @@ fn create(vfs: &Vfs, parent: u64, name: &str, content: &[u8]) -> u64 {
     let (entry, opened) = vfs.create(&CALLER, parent, OsStr::new(name), 0o644, 2).unwrap();
     let node = entry.attributes.node;
     for (index, data) in content.chunks(READ_BYTES as usize).enumerate() {
-        let request = WriteRequest {
-            node,
-            handle: opened.handle,
-            offset: index as u64 * u64::from(READ_BYTES),
-            data,
-            direct: false,
-            append: false,
-            synchronous: false,
-            from_page_cache: false,
-            clear_set_id: false,
-        };
+        let request = WriteRequest::new(node, opened.handle, index as u64 * u64::from(READ_BYTES), data);
         assert_eq!(vfs.write(&CALLER, &request).unwrap() as usize, data.len());
     }
     vfs.fsync(&CALLER, node, opened.handle, false).unwrap();
@@ -195,17 +185,7 @@ pub fn with_block_written(image: &Image, inode: u64, data: &[u8]) -> Image {
     let filesystem = Filesystem::open(vec![Arc::clone(&device) as _], &options()).unwrap();
     let vfs = filesystem.vfs();
     let opened = vfs.open(&CALLER, inode, 2).unwrap();
-    let request = WriteRequest {
-        node: inode,
-        handle: opened.handle,
-        offset: 0,
-        data,
-        direct: false,
-        append: false,
-        synchronous: false,
-        from_page_cache: false,
-        clear_set_id: false,
-    };
+    let request = WriteRequest::new(inode, opened.handle, 0, data);
     assert_eq!(vfs.write(&CALLER, &request).unwrap() as usize, data.len());
     vfs.fsync(&CALLER, inode, opened.handle, false).unwrap();
     vfs.release(inode, opened.handle).unwrap();

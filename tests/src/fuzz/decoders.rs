@@ -1,10 +1,8 @@
 //! Targets that decode: superblock, journal record, node, values of keys.
 
-use std::sync::Arc;
-
-use coppicefs::device::{BlockDevice, Image, SimDevice, SimOptions};
+use coppicefs::device::BlockDevice;
 use coppicefs::format::BtreeId;
-use coppicefs::format::checkpoint::{Checkpoint, decode_map_page};
+use coppicefs::format::checkpoint::{Checkpoint, MAP_PAGE_BYTES, decode_map_page};
 use coppicefs::format::checksum::metadata_checksum;
 use coppicefs::format::extent::ExtentValue;
 use coppicefs::format::journal::{Entries, RecordHeader};
@@ -14,20 +12,23 @@ use coppicefs::format::node::{APPEND_ALIGNMENT_BYTES, BsetHeader, HEADER_BYTES, 
 use coppicefs::format::space::{Backpointer, Bucket, DeviceUsage, FreeBucket};
 use coppicefs::format::superblock::Superblock;
 
-use super::image::good_image;
+use super::image::{device_of, good_image};
 use crate::regions::regions;
 
-/// Where a structure's checksum lies, how long its header is, and where the header says how much follows.
+/// Where a structure's checksum lies, how long its header is, and where the header says how much follows, in which unit.
 struct Layout {
     checksum: usize,
     header: usize,
     length: Option<usize>,
+    unit: usize,
 }
 
-const SUPERBLOCK: Layout = Layout { checksum: 76, header: 80, length: Some(72) };
-const RECORD: Layout = Layout { checksum: 64, header: 68, length: Some(52) };
-const NODE: Layout = Layout { checksum: HEADER_BYTES - 4, header: HEADER_BYTES, length: None };
-const BSET: Layout = Layout { checksum: 28, header: BsetHeader::BYTES, length: Some(24) };
+const SUPERBLOCK: Layout = Layout { checksum: 76, header: 80, length: Some(72), unit: 1 };
+const RECORD: Layout = Layout { checksum: 64, header: 68, length: Some(52), unit: 1 };
+const NODE: Layout = Layout { checksum: HEADER_BYTES - 4, header: HEADER_BYTES, length: None, unit: 1 };
+const BSET: Layout = Layout { checksum: 28, header: BsetHeader::BYTES, length: Some(24), unit: 1 };
+const CHECKPOINT: Layout = Layout { checksum: 28, header: 32, length: Some(24), unit: 1 };
+const MAP_PAGE: Layout = Layout { checksum: 4, header: 32, length: Some(12), unit: 16 };
 
 fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
@@ -36,7 +37,7 @@ fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
 /// Makes the checksum of the structure at the start of `bytes` right, if there is all of it. Returns how long it is.
 fn make_right(bytes: &mut [u8], layout: &Layout) -> Option<usize> {
     let follows = layout.length.map_or(Some(0), |at| u32_at(bytes, at))? as usize;
-    let length = layout.header.checked_add(follows)?;
+    let length = follows.checked_mul(layout.unit)?.checked_add(layout.header)?;
     let whole = bytes.get_mut(..length)?;
     whole[layout.checksum..layout.checksum + 4].fill(0);
     let checksum = metadata_checksum(&[whole]);
@@ -71,13 +72,17 @@ pub(super) fn journal_record(bytes: &[u8]) {
 
 /// Header and chain of bsets, as in a slot.
 pub(super) fn node(bytes: &[u8]) {
-    let mut bytes = bytes.to_vec();
-    make_right(&mut bytes, &NODE);
-    let Ok(header) = NodeHeader::decode(&bytes) else { return };
+    decode_node(&mut bytes.to_vec());
+}
+
+/// How many bytes of a node, whose checksums are made right, can be decoded: whole bsets.
+fn decode_node(bytes: &mut [u8]) -> usize {
+    make_right(bytes, &NODE);
+    let Ok(header) = NodeHeader::decode(bytes) else { return 0 };
     let mut offset = HEADER_BYTES;
     while let Some(rest) = bytes.get_mut(offset..).filter(|rest| !rest.is_empty()) {
-        let Some(length) = make_right(rest, &BSET) else { return };
-        let Ok((_, mut payload, _)) = BsetHeader::decode(rest) else { return };
+        let Some(length) = make_right(rest, &BSET) else { return offset };
+        let Ok((_, mut payload, _)) = BsetHeader::decode(rest) else { return offset };
         while let Ok((key, left)) = unpack(payload) {
             assert_eq!(payload.len() - left.len(), packed_bytes(key.value), "a key of another length than it has");
             if let Some(value) = key.value {
@@ -90,48 +95,66 @@ pub(super) fn node(bytes: &[u8]) {
         }
         offset = (offset + length).next_multiple_of(APPEND_ALIGNMENT_BYTES);
     }
+    offset
 }
 
 /// The first byte is the number of the tree.
 pub(super) fn value(bytes: &[u8]) {
-    let Some((&btree, bytes)) = bytes.split_first() else { return };
+    decode_any(bytes);
+}
+
+/// Whether it is something.
+fn decode_any(bytes: &[u8]) -> bool {
+    let Some((&btree, bytes)) = bytes.split_first() else { return false };
     match BtreeId::from_stored(btree) {
         Ok(btree) => decode_value(btree, bytes),
         // What is not in a tree.
         Err(_) => {
-            let _ = NodePointer::decode(bytes);
-            let _ = Checkpoint::decode(uuid_of(bytes), bytes);
-            let _ = decode_map_page(uuid_of(bytes), 0, bytes);
+            let pointer = NodePointer::decode(bytes).is_ok();
+            // Zeros at the end of a seed are left out.
+            let padded = |layout| {
+                let mut bytes = bytes.to_vec();
+                bytes.resize(bytes.len().max(MAP_PAGE_BYTES), 0);
+                make_right(&mut bytes, layout);
+                bytes
+            };
+            let checkpoint = padded(&CHECKPOINT);
+            let checkpoint = Checkpoint::decode(uuid_at(&checkpoint, 8), &checkpoint).is_ok();
+            let page = padded(&MAP_PAGE);
+            let number = u32_at(&page, 8).unwrap_or(0);
+            decode_map_page(uuid_at(&page, 16), number, &page).is_ok() || pointer || checkpoint
         }
     }
 }
 
-fn uuid_of(bytes: &[u8]) -> uuid::Uuid {
-    uuid::Uuid::from_slice(bytes.get(8..24).unwrap_or(&[0; 16])).unwrap_or_default()
+fn uuid_at(bytes: &[u8], at: usize) -> uuid::Uuid {
+    uuid::Uuid::from_slice(bytes.get(at..at + 16).unwrap_or(&[0; 16])).unwrap_or_default()
 }
 
-/// What is decoded is encoded to something that decodes to the same.
+/// What is decoded is encoded to something that decodes to the same. Whether it is decoded.
 macro_rules! round_trip {
-    ($kind:ty, $bytes:expr) => {
-        if let Ok(value) = <$kind>::decode($bytes) {
+    ($kind:ty, $bytes:expr) => {{
+        let decoded = <$kind>::decode($bytes);
+        if let Ok(value) = &decoded {
             let again = <$kind>::decode(&value.encode());
-            assert_eq!(again.ok().as_ref(), Some(&value), "what was decoded is encoded to something else");
+            assert_eq!(again.ok().as_ref(), Some(value), "what was decoded is encoded to something else");
         }
-    };
-    ($kind:ty, $bytes:expr, fallible) => {
-        if let Ok(value) = <$kind>::decode($bytes)
+        decoded.is_ok()
+    }};
+    ($kind:ty, $bytes:expr, fallible) => {{
+        let decoded = <$kind>::decode($bytes);
+        if let Ok(value) = &decoded
             && let Ok(bytes) = value.encode()
         {
-            assert_eq!(
-                <$kind>::decode(&bytes).ok().as_ref(),
-                Some(&value),
-                "what was decoded is encoded to something else"
-            );
+            let again = <$kind>::decode(&bytes);
+            assert_eq!(again.ok().as_ref(), Some(value), "what was decoded is encoded to something else");
         }
-    };
+        decoded.is_ok()
+    }};
 }
 
-fn decode_value(btree: BtreeId, bytes: &[u8]) {
+/// Whether it is a value of this tree.
+fn decode_value(btree: BtreeId, bytes: &[u8]) -> bool {
     match btree {
         BtreeId::Extents => round_trip!(ExtentValue, bytes),
         BtreeId::Inodes => round_trip!(Inode, bytes, fallible),
@@ -144,12 +167,8 @@ fn decode_value(btree: BtreeId, bytes: &[u8]) {
         BtreeId::Subvolumes => round_trip!(Subvolume, bytes, fallible),
         BtreeId::Snapshots => round_trip!(Snapshot, bytes, fallible),
         BtreeId::Devices => round_trip!(DeviceUsage, bytes),
-        BtreeId::NeedDiscard | BtreeId::Orphans => {}
+        BtreeId::NeedDiscard | BtreeId::Orphans => bytes.is_empty(),
     }
-}
-
-fn device_of(image: Image) -> Arc<SimDevice> {
-    Arc::new(SimDevice::from_image(image, SimOptions { block_bytes: 512, ..SimOptions::default() }))
 }
 
 /// What the good image holds of these structures.
@@ -207,4 +226,51 @@ pub(super) fn value_seeds() -> Vec<Vec<u8>> {
         [&[u8::MAX], &bytes[..end]].concat()
     }));
     seeds
+}
+
+/// If the format moves, the targets must move with it: else they would feed the decoders nothing but wrong checksums.
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A seed whose checksum was destroyed and made right again.
+    fn made_right(seed: &[u8], layout: &Layout) -> Vec<u8> {
+        let mut bytes = seed.to_vec();
+        bytes[layout.checksum..layout.checksum + 4].fill(0xa5);
+        make_right(&mut bytes, layout).expect("all of it is there");
+        bytes
+    }
+
+    #[test]
+    fn superblocks_are_decoded_with_the_checksum_that_is_made_for_them() {
+        for seed in superblock_seeds() {
+            let expected = Superblock::decode(&seed).expect("a superblock");
+            assert_eq!(Superblock::decode(&made_right(&seed, &SUPERBLOCK)).ok(), Some(expected));
+        }
+    }
+
+    #[test]
+    fn records_are_decoded_with_the_checksum_that_is_made_for_them() {
+        for seed in journal_record_seeds() {
+            let bytes = made_right(&seed, &RECORD);
+            let (_, payload, _) = RecordHeader::decode(&bytes).expect("a record");
+            assert!(Entries::new(payload).all(|entry| entry.is_ok()));
+        }
+    }
+
+    #[test]
+    fn nodes_are_decoded_with_the_checksums_that_are_made_for_them() {
+        for seed in node_seeds() {
+            let mut bytes = made_right(&seed, &NODE);
+            bytes[HEADER_BYTES + BSET.checksum..][..4].fill(0xa5);
+            assert!(decode_node(&mut bytes) >= seed.len(), "not all of a node of {} bytes is decoded", seed.len());
+        }
+    }
+
+    #[test]
+    fn values_are_decoded() {
+        for seed in value_seeds() {
+            assert!(decode_any(&seed), "{:?}: {:?}", seed.first(), seed.get(1..));
+        }
+    }
 }

@@ -21,7 +21,7 @@ const DEVICE_BYTES: u64 = 8 << 20;
 /// Bytes of one change.
 const CHANGE_BYTES: usize = 12;
 
-fn device_of(image: Image) -> Arc<SimDevice> {
+pub(super) fn device_of(image: Image) -> Arc<SimDevice> {
     Arc::new(SimDevice::from_image(image, SimOptions { block_bytes: 512, ..SimOptions::default() }))
 }
 

@@ -78,17 +78,7 @@ fn read_request(file: (u64, u64), offset: u64, length: u64, direct: bool) -> Rea
 }
 
 fn write_request(file: (u64, u64), offset: u64, data: &[u8], direct: bool) -> WriteRequest<'_> {
-    WriteRequest {
-        node: file.0,
-        handle: file.1,
-        offset,
-        data,
-        direct,
-        append: false,
-        synchronous: false,
-        from_page_cache: false,
-        clear_set_id: false,
-    }
+    WriteRequest { direct, ..WriteRequest::new(file.0, file.1, offset, data) }
 }
 
 impl Race {

@@ -96,14 +96,14 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     }
     print(&checkpoints);
     if let Some(lost) = found.lost {
-        println!("\ncheckpoint {}: {}", lost.number, lost.reason);
+        say!("\ncheckpoint {}: {}", lost.number, lost.reason);
     }
     for one in &checkpoints {
         for problem in &one.problems {
-            println!("\ncheckpoint {}: {problem}", one.number);
+            say!("\ncheckpoint {}: {problem}", one.number);
         }
     }
-    println!(
+    say!(
         "\n\"present\": with the journal it gives the present state. \"as it was\": mount -o ro,checkpoint=N shows the state of then."
     );
     Ok(())

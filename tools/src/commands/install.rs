@@ -45,7 +45,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let fresh = bin.join(".coppice.new");
     fs::copy(&program, &fresh).with_context(|| format!("copying to {}", fresh.display()))?;
     fs::rename(&fresh, &installed).with_context(|| format!("renaming to {}", installed.display()))?;
-    println!("{}", installed.display());
+    say!("{}", installed.display());
     for name in NAMES {
         link(Path::new("coppice"), &bin.join(name))?;
     }
@@ -68,6 +68,6 @@ fn link(target: &Path, path: &Path) -> anyhow::Result<()> {
         Err(_) => {}
     }
     symlink(target, path).with_context(|| format!("linking {}", path.display()))?;
-    println!("{} -> {}", path.display(), target.display());
+    say!("{} -> {}", path.display(), target.display());
     Ok(())
 }

@@ -72,9 +72,11 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     if arguments.json {
         return output::json(&records);
     }
-    println!(
+    say!(
         "checkpoint {} of epoch {}; replay starts at record {}",
-        inspected.checkpoint.number, inspected.checkpoint.epoch, inspected.checkpoint.first_replay
+        inspected.checkpoint.number,
+        inspected.checkpoint.epoch,
+        inspected.checkpoint.first_replay
     );
     let mut table = output::table(&["record", "epoch", "known flushed", "entries", "bytes"]);
     for record in &records {

@@ -6,6 +6,7 @@ use anyhow::{Context, bail};
 use clap::Args;
 use coppicefs::filesystem::Filesystem;
 use coppicefs::format::{BtreeId, Position};
+use coppicefs::output::is_wanted;
 use serde::Serialize;
 
 use super::describe;
@@ -70,7 +71,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let mut left = arguments.limit.unwrap_or(usize::MAX);
     let mut cursor = Some(start);
     let mut keys = Vec::new();
-    while let Some(from) = cursor.filter(|from| left > 0 && *from <= end) {
+    while let Some(from) = cursor.filter(|from| left > 0 && *from <= end && is_wanted()) {
         let scan = filesystem.forest().scan(btree, from, end, left.min(4096))?;
         left -= scan.keys.len().min(left);
         for (position, value) in &scan.keys {
@@ -79,7 +80,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
                 let Position { inode, offset, snapshot } = *position;
                 keys.push(JsonKey { inode, offset, snapshot, bytes: value.len(), value: text });
             } else {
-                println!("{position} {text}");
+                say!("{position} {text}");
             }
         }
         cursor = scan.covered_to.successor();

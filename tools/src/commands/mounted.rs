@@ -1,11 +1,11 @@
 //! `coppice stats` and `coppice sync`: what is asked of a mounted filesystem.
 
-use std::io::Write as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
 use coppicefs::fuse::client;
+use coppicefs::output::is_wanted;
 
 use crate::output;
 
@@ -37,35 +37,33 @@ pub fn stats(arguments: &StatsArguments) -> anyhow::Result<()> {
     let mut counters = client::statistics(&arguments.mount)?;
     match (arguments.json, arguments.watch) {
         (true, false) => return output::json(&object(&counters)),
-        (true, true) => print_line(&counters)?,
+        (true, true) => print_line(&counters),
         (false, _) => print(&counters),
     }
     if !arguments.watch {
         return Ok(());
     }
-    loop {
+    while is_wanted() {
         std::thread::sleep(Duration::from_secs(1));
         let now = client::statistics(&arguments.mount)?;
         if arguments.json {
-            print_line(&now)?;
+            print_line(&now);
             continue;
         }
         let changed: Vec<_> = now.iter().filter(|counter| !counters.contains(counter)).cloned().collect();
-        println!();
+        say!("");
         print(&changed);
         counters = now;
     }
+    Ok(())
 }
 
 fn object(counters: &[(String, u64)]) -> serde_json::Map<String, serde_json::Value> {
     counters.iter().map(|(name, value)| (name.clone(), serde_json::Value::from(*value))).collect()
 }
 
-fn print_line(counters: &[(String, u64)]) -> anyhow::Result<()> {
-    let mut out = std::io::stdout().lock();
-    serde_json::to_writer(&mut out, &object(counters))?;
-    writeln!(out)?;
-    Ok(out.flush()?)
+fn print_line(counters: &[(String, u64)]) {
+    say!("{}", serde_json::Value::from(object(counters)));
 }
 
 fn print(counters: &[(String, u64)]) {

@@ -68,7 +68,7 @@ type Ask<'a> = &'a dyn Fn(ScrubAsk, u64) -> coppicefs::Result<ScrubPage>;
 pub fn run(arguments: &Arguments) -> u8 {
     let outcome = if arguments.target.is_dir() { scrub_mount(arguments) } else { scrub_image(arguments) };
     outcome.unwrap_or_else(|error| {
-        eprintln!("coppice: {error:#}");
+        complain!("coppice: {error:#}");
         EXIT_OPERATIONAL
     })
 }
@@ -78,7 +78,7 @@ fn scrub_mount(arguments: &Arguments) -> anyhow::Result<u8> {
     if arguments.cancel {
         let page = ask(ScrubAsk::Cancel, 0)?;
         if !matches!(page.status.state, ScrubState::Cancelled) {
-            println!("{}: no scrub is running", arguments.target.display());
+            say!("{}: no scrub is running", arguments.target.display());
         }
         return Ok(EXIT_CLEAN);
     }
@@ -124,7 +124,7 @@ fn follow(arguments: &Arguments, ask: Ask<'_>) -> anyhow::Result<u8> {
         started => started?.status,
     };
     if status.resumed && !arguments.quiet {
-        eprintln!("going on where the cancelled scrub stopped (--restart begins anew)");
+        complain!("going on where the cancelled scrub stopped (--restart begins anew)");
     }
     let bar = if arguments.quiet { ProgressBar::hidden() } else { ProgressBar::new(status.bytes_total) };
     if let Ok(style) =
@@ -230,14 +230,14 @@ fn report(arguments: &Arguments, status: &ScrubStatus, findings: &[ScrubReport])
         return Ok(code);
     }
     for finding in findings {
-        println!("{target}: {}", finding.describe());
+        say!("{target}: {}", finding.describe());
     }
     let further = (status.repaired + status.damaged).saturating_sub(findings.len() as u64);
     if further > 0 {
-        println!("{target}: and {further} more");
+        say!("{target}: and {further} more");
     }
     if !arguments.quiet {
-        println!("{target}: {}", summary(status));
+        say!("{target}: {}", summary(status));
     }
     Ok(code)
 }

@@ -25,6 +25,7 @@ use std::sync::Arc;
 use clap::Parser as _;
 use coppicefs::fuse::Operations;
 use coppicefs::options::MountOptions;
+use coppicefs::output;
 
 pub use command::MountCommand;
 pub use target::Target;
@@ -57,13 +58,13 @@ pub fn main_with<M: Mountable>(open: impl FnOnce(&Target, &MountOptions) -> copp
         Err(error) => {
             if !error.use_stderr() {
                 // Help and version.
-                let _ = error.print();
-                return ExitCode::SUCCESS;
+                output::keep(error.print());
+                return output::end("mount-coppice", ExitCode::SUCCESS, EXIT_FAILURE);
             }
             let text = error.to_string();
             let said: Vec<_> = text.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
             let said = said.join(" ");
-            eprintln!("mount-coppice: {} (`mount-coppice --help` says how)", said.trim_start_matches("error: "));
+            complain!("mount-coppice: {} (`mount-coppice --help` says how)", said.trim_start_matches("error: "));
             ExitCode::from(EXIT_USAGE)
         }
     }
@@ -77,7 +78,7 @@ pub fn run<M: Mountable>(
     let options = match command.mount_options() {
         Ok(options) => options,
         Err(error) => {
-            eprintln!("mount-coppice: {error}");
+            complain!("mount-coppice: {error}");
             return ExitCode::from(EXIT_USAGE);
         }
     };
@@ -93,7 +94,7 @@ pub fn run<M: Mountable>(
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("mount-coppice: {error:#}");
+            complain!("mount-coppice: {error:#}");
             ExitCode::from(EXIT_FAILURE)
         }
     }

@@ -9,18 +9,20 @@ use anyhow::{Context, bail};
 use clap::Parser;
 use coppicefs::device::lock_holders;
 use coppicefs::fuse::{FILE_SYSTEM_TYPE, mounts};
+use coppicefs::output;
 use rustix::io::Errno;
 
 use super::target::resolve_last;
 use super::{EXIT_FAILURE, EXIT_USAGE};
 
+const NAME: &str = "umount.fuse.coppice";
 /// How long a daemon may take to close its filesystem before this goes on without it, saying so.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(120);
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Unmounts a coppice filesystem, and returns when its image is free
 #[derive(Debug, Parser)]
-#[command(name = "umount.fuse.coppice", version)]
+#[command(name = NAME, version)]
 struct UnmountCommand {
     /// Where it is mounted
     #[arg(value_name = "DIR")]
@@ -47,14 +49,18 @@ pub fn unmount_main() -> ExitCode {
     let command = match UnmountCommand::try_parse() {
         Ok(command) => command,
         Err(error) => {
-            let _ = error.print();
-            return if error.use_stderr() { ExitCode::from(EXIT_USAGE) } else { ExitCode::SUCCESS };
+            let printed = error.print();
+            if error.use_stderr() {
+                return ExitCode::from(EXIT_USAGE);
+            }
+            output::keep(printed);
+            return output::end(NAME, ExitCode::SUCCESS, EXIT_FAILURE);
         }
     };
     match unmount(&command) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => output::end(NAME, ExitCode::SUCCESS, EXIT_FAILURE),
         Err(error) => {
-            eprintln!("umount.fuse.coppice: {error:#}");
+            complain!("{NAME}: {error:#}");
             ExitCode::from(EXIT_FAILURE)
         }
     }
@@ -76,7 +82,7 @@ fn unmount(command: &UnmountCommand) -> anyhow::Result<()> {
         other => other.with_context(|| format!("cannot unmount {}", directory.display()))?,
     }
     if command.verbose {
-        println!("{} unmounted", directory.display());
+        say!("{} unmounted", directory.display());
     }
     let deadline = Instant::now() + CLOSE_TIMEOUT;
     while !command.lazily && lock_holders(image).iter().any(|holder| daemons.contains(holder)) {

@@ -59,13 +59,8 @@ impl Fixture {
         };
         let forest = Forest::open(config, &Opening::empty(), env.clone(), metrics.clone()).unwrap();
         let config = JournalConfig {
-            filesystem: superblock.filesystem,
-            devices: devices.clone(),
-            copies: superblock.layout.journal.clone(),
-            bucket_bytes: superblock.geometry.bucket_bytes,
             record_bytes_max: 64 << 10,
-            commit_interval: Some(std::time::Duration::from_secs(1)),
-            switches: crate::alloc::TestSwitches::default(),
+            ..JournalConfig::new(&superblock, devices.clone(), Some(std::time::Duration::from_secs(1)))
         };
         let journal = Journal::open(config, JournalStart::fresh(), env.clone(), metrics.clone()).unwrap();
         let transactions = Transactions::new(forest, journal.clone(), env.clone(), metrics.clone());

@@ -148,17 +148,7 @@ impl Drop for Mount {
 }
 
 pub fn write_request(node: u64, handle: u64, offset: u64, data: &[u8]) -> WriteRequest<'_> {
-    WriteRequest {
-        node,
-        handle,
-        offset,
-        data,
-        direct: false,
-        append: false,
-        synchronous: false,
-        from_page_cache: false,
-        clear_set_id: false,
-    }
+    WriteRequest::new(node, handle, offset, data)
 }
 
 pub fn errno<T: std::fmt::Debug>(result: Result<T>) -> Errno {

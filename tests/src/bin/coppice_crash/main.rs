@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use clap::Parser;
+use coppicefs::{complain, output, say};
 use coppicefs_tests::crash::{CrashOptions, Failure, Report, image_after, replay, run, shrink};
 use coppicefs_tests::filesystem_subject::{Coppice, switch_names};
 use coppicefs_tests::operation::Operation;
@@ -26,15 +27,21 @@ const EXIT_FAILED: u8 = 1;
 const EXIT_OPERATIONAL: u8 = 3;
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    match perform(&arguments) {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::from(EXIT_FAILED),
+    let code = match Arguments::try_parse() {
+        Ok(arguments) => perform(&arguments).map_or_else(failed, |held| if held { 0 } else { EXIT_FAILED }),
+        Err(error) if error.use_stderr() => error.exit(),
+        // Help and version.
         Err(error) => {
-            eprintln!("coppice-crash: {error:#}");
-            ExitCode::from(EXIT_OPERATIONAL)
+            output::keep(error.print());
+            0
         }
-    }
+    };
+    output::end("coppice-crash", ExitCode::from(code), EXIT_OPERATIONAL)
+}
+
+fn failed(error: anyhow::Error) -> u8 {
+    complain!("coppice-crash: {error:#}");
+    EXIT_OPERATIONAL
 }
 
 /// Whether everything held.
@@ -57,19 +64,19 @@ fn perform(arguments: &Arguments) -> Result<bool> {
                     Err(failure) => anyhow::bail!("{failure}"),
                 };
                 image.to_file(path)?;
-                println!("{}: what is on the medium then; fsck-coppice and mount-coppice take it", path.display());
+                say!("{}: what is on the medium then; fsck-coppice and mount-coppice take it", path.display());
                 return Ok(true);
             }
             let outcome = replay(&subject, &workload.operations, &options, &cut);
             match outcome {
-                Ok(()) if arguments.json => println!("{}", json!({ "failures": [] })),
-                Ok(()) => println!("{}: what this end leaves is as it should be", workload.name),
+                Ok(()) if arguments.json => say!("{}", json!({ "failures": [] })),
+                Ok(()) => say!("{}: what this end leaves is as it should be", workload.name),
                 Err(failure) if arguments.json => {
-                    println!("{}", json!({ "failures": [described(workload, &failure, None)] }));
+                    say!("{}", json!({ "failures": [described(workload, &failure, None)] }));
                     return Ok(false);
                 }
                 Err(failure) => {
-                    println!("{}: {failure}", workload.name);
+                    say!("{}: {failure}", workload.name);
                     return Ok(false);
                 }
             }
@@ -81,13 +88,13 @@ fn perform(arguments: &Arguments) -> Result<bool> {
 
 fn list() {
     for (name, operations) in workloads::fixed() {
-        println!("{name}  ({} operations)", operations.len());
+        say!("{name}  ({} operations)", operations.len());
     }
-    println!("random:SEED:OPERATIONS");
-    println!("full:SEED:OPERATIONS  (fills the device)");
-    println!("\nbroken builds (--switch):");
+    say!("random:SEED:OPERATIONS");
+    say!("full:SEED:OPERATIONS  (fills the device)");
+    say!("\nbroken builds (--switch):");
     for (name, _) in switch_names(&Coppice::default().switches) {
-        println!("{name}");
+        say!("{name}");
     }
 }
 
@@ -115,7 +122,7 @@ fn run_all(arguments: &Arguments, subject: &Coppice, chosen: &[Named]) -> Result
                     let outcome = run_one(subject, workload, &arguments.options(workload, threads));
                     failed.fetch_or(outcome.failure.is_some(), Ordering::Relaxed);
                     if !arguments.json {
-                        bar.suspend(|| println!("{}", line(workload, &outcome)));
+                        bar.suspend(|| say!("{}", line(workload, &outcome)));
                     }
                     bar.inc(1);
                     *place.lock().unwrap_or_else(PoisonError::into_inner) = Some(outcome);
@@ -154,10 +161,10 @@ fn run_all(arguments: &Arguments, subject: &Coppice, chosen: &[Named]) -> Result
             })
             .collect();
         let all = json!({ "workloads": workloads, "total": counts(&total, seconds), "failures": failures });
-        println!("{}", serde_json::to_string_pretty(&all)?);
+        say!("{}", serde_json::to_string_pretty(&all)?);
     } else {
-        println!("{} of {} workloads: {}", done.len(), chosen.len(), summary(&total, seconds));
-        println!("{}", if held { "everything held" } else { "something did not hold" });
+        say!("{} of {} workloads: {}", done.len(), chosen.len(), summary(&total, seconds));
+        say!("{}", if held { "everything held" } else { "something did not hold" });
     }
     Ok(held)
 }
@@ -277,12 +284,12 @@ fn described(workload: &Named, failure: &Failure, shrunk: Option<&Shrunk>) -> Va
 }
 
 fn print_failure(workload: &Named, failure: &Failure, shrunk: Option<&Shrunk>) {
-    println!("\n{}: {failure}", workload.name);
+    say!("\n{}: {failure}", workload.name);
     if let Some(shrunk) = shrunk {
-        println!("  {} operations are enough:", shrunk.operations.len());
+        say!("  {} operations are enough:", shrunk.operations.len());
         for operation in &shrunk.operations {
-            println!("    {operation:?}");
+            say!("    {operation:?}");
         }
-        println!("  again: {}", shrunk.command);
+        say!("  again: {}", shrunk.command);
     }
 }
