@@ -11,12 +11,14 @@ use super::Forest;
 use super::area::MAP_START;
 use super::checkpoint::Kept;
 use super::image::Expected;
+use super::keys::SpareBuffers;
 use crate::error::{Error, Result};
 use crate::format::checkpoint::{
     Checkpoint, MAP_PAGE_BYTES, MapEntry, RECORD_SLOT_BYTES, RECORD_SLOTS, decode_map_page, encode_map_page,
 };
 use crate::format::node::{NodeAddress, NodePointer};
 use crate::format::{BtreeId, Position};
+use crate::sync::Arc;
 use crate::sync::atomic::Ordering;
 use crate::units::JournalSequence;
 
@@ -116,8 +118,11 @@ impl Forest {
         while let Some(cursor) = done.next.filter(|_| done.nodes < nodes_max as u64 && !done.is_busy) {
             let (children, after) = self.children_from(cursor, nodes_max)?;
             done.next = after;
-            for child in children {
-                if !self.scrub_child(&child, repair, &mut done)? {
+            let whole = self.read_all(&children, &mut done)?;
+            for (child, is_whole) in children.into_iter().zip(whole) {
+                if is_whole {
+                    done.nodes += 1;
+                } else if !self.scrub_child(&child, repair, &mut done)? {
                     done.is_busy = true;
                     done.next = Some(NodeCursor { position: child.expected.minimum, ..cursor });
                     break;
@@ -176,6 +181,20 @@ impl Forest {
         Ok((children.collect(), behind_last.map_or(next_level, behind)))
     }
 
+    /// Reads all copies of nodes at once. Whether those of each are good.
+    fn read_all(&self, children: &[Child], done: &mut Scrubbed) -> Result<Vec<bool>> {
+        let spare: Arc<SpareBuffers> = Arc::default();
+        let mut batch = Vec::with_capacity(children.len());
+        for Child { pointer, expected } in children {
+            done.copies += pointer.copies.len() as u64;
+            done.bytes += u64::from(pointer.written_bytes) * pointer.copies.len() as u64;
+            batch.push(self.reader.prepare(pointer.clone(), *expected, true, &spare)?);
+        }
+        self.reader.fetch(&mut batch);
+        let verified = self.reader.decode_all(batch, &spare);
+        Ok(verified.iter().map(|(_, fetched)| fetched.copies.iter().all(|(_, outcome)| outcome.is_ok())).collect())
+    }
+
     /// Reads all copies; which are bad. How many bytes that were.
     fn read_copies(&self, child: &Child, done: &mut Scrubbed) -> Vec<(NodeAddress, Error)> {
         let mut bad = Vec::new();
@@ -189,12 +208,8 @@ impl Forest {
         bad
     }
 
-    /// Verifies one node. False if that has to wait for a checkpoint.
+    /// Looks again at a node that has a bad copy. False if that has to wait for a checkpoint.
     fn scrub_child(&self, child: &Child, repair: bool, done: &mut Scrubbed) -> Result<bool> {
-        if self.read_copies(child, done).is_empty() {
-            done.nodes += 1;
-            return Ok(true);
-        }
         let Some(hold) = self.hold_checkpoints() else { return Ok(false) };
         done.nodes += 1;
         // The pointer of now, whose image is written.
