@@ -221,7 +221,7 @@ pub struct LeafRange {
     pub to: Position,
     /// Of leaves that start behind this all copies are read and verified, of others the first good one is taken. `None` is before all.
     pub verified_to: Option<Position>,
-    /// Bytes of nodes that are read at once. A few times as much is held.
+    /// Bytes of nodes that are read at once. Some ten times as much is held.
     pub batch_bytes: usize,
     /// Whether a thread reads ahead.
     pub reads_ahead: bool,
@@ -241,21 +241,32 @@ pub fn stream_leaves(
     let Some(root) = checkpoint.roots.iter().find(|root| root.btree == range.btree as u8) else { return Ok(()) };
     let spare: Arc<SpareBuffers> = Arc::default();
     let mut leaves = Leaves { reader, range, levels: vec![vec![root_of(root)?].into_iter()], spare: &spare };
-    let decode = |batch| reader.decode_all(batch, &spare).into_iter().map(PublishedNode::new).collect();
-    if !range.reads_ahead {
-        while let Some(mut batch) = leaves.next_batch()? {
-            reader.fetch(&mut batch);
-            visitor(decode(batch))?;
-        }
-        return Ok(());
+    if range.reads_ahead {
+        return stream_ahead(leaves, visitor);
     }
-    let ahead = ReadAhead::new();
-    let ReadAhead { to_read, to_be_read, in_order, read, to_visit, verified } = ahead;
+    while let Some(mut batch) = leaves.next_batch()? {
+        reader.fetch(&mut batch);
+        visitor(verified(reader, batch, &spare))?;
+    }
+    Ok(())
+}
+
+fn verified(reader: &NodeReader, batch: Vec<Fetch>, spare: &Arc<SpareBuffers>) -> Vec<PublishedNode> {
+    reader.decode_all(batch, spare).into_iter().map(PublishedNode::new).collect()
+}
+
+/// Finds, reads and verifies leaves by threads of their own, a few batches before they are visited.
+fn stream_ahead(mut leaves: Leaves<'_>, visitor: &mut dyn FnMut(Vec<PublishedNode>) -> Result<()>) -> Result<()> {
+    let (reader, spare) = (leaves.reader, leaves.spare);
+    let (to_read, to_be_read) = bounded::<ToRead>(READERS);
+    // Batches in order, read or not: how many there may be bounds the memory.
+    let (in_order, read) = bounded::<Receiver<Result<Vec<Fetch>>>>(READERS);
+    let (to_visit, to_be_visited) = bounded(1);
     // Where a channel is closed nobody listens any more: an error ended the visit, or the reading.
     let find_all = move || {
         while let Some(batch) = leaves.next_batch().transpose() {
             let is_last = batch.is_err();
-            let (done, when_done) = crossbeam_channel::bounded(1);
+            let (done, when_done) = bounded(1);
             if in_order.send(when_done).is_err() || to_read.send((batch, done)).is_err() || is_last {
                 break;
             }
@@ -272,13 +283,14 @@ pub fn stream_leaves(
     };
     let verify_all = move || {
         for batch in read.iter().map_while(|when_done| when_done.recv().ok()) {
-            if to_visit.send(batch.map(decode)).is_err() {
+            if to_visit.send(batch.map(|batch| verified(reader, batch, spare))).is_err() {
                 break;
             }
         }
     };
     let started = |error| Error::io("starting a thread that reads ahead", error);
     let named = |name: &str| std::thread::Builder::new().name(name.into());
+    // A thread that panics ends its channel, and then the scope: a stream is never cut short unnoticed.
     std::thread::scope(|scope| {
         named("find-leaves").spawn_scoped(scope, find_all).map_err(started)?;
         for _ in 0..READERS {
@@ -287,7 +299,7 @@ pub fn stream_leaves(
         }
         drop(to_be_read);
         named("verify-leaves").spawn_scoped(scope, verify_all).map_err(started)?;
-        for batch in verified {
+        for batch in to_be_visited {
             visitor(batch?)?;
         }
         Ok(())
@@ -297,32 +309,12 @@ pub fn stream_leaves(
 /// A batch that is to be read, and who waits for it.
 type ToRead = (Result<Vec<Fetch>>, Sender<Result<Vec<Fetch>>>);
 
-/// What the threads that read ahead hand each other.
-struct ReadAhead {
-    to_read: Sender<ToRead>,
-    to_be_read: Receiver<ToRead>,
-    /// Batches in order, read or not: how many there may be bounds the memory.
-    in_order: Sender<Receiver<Result<Vec<Fetch>>>>,
-    read: Receiver<Receiver<Result<Vec<Fetch>>>>,
-    to_visit: Sender<Result<Vec<PublishedNode>>>,
-    verified: Receiver<Result<Vec<PublishedNode>>>,
-}
-
-impl ReadAhead {
-    fn new() -> Self {
-        let (to_read, to_be_read) = bounded(READERS);
-        let (in_order, read) = bounded(READERS);
-        let (to_visit, verified) = bounded(1);
-        Self { to_read, to_be_read, in_order, read, to_visit, verified }
-    }
-}
-
 /// The leaves of a tree, found by descent: of each level the nodes that are still to be visited.
 struct Leaves<'a> {
     reader: &'a NodeReader,
     range: &'a LeafRange,
     levels: Vec<std::vec::IntoIter<(NodePointer, Expected)>>,
-    spare: &'a SpareBuffers,
+    spare: &'a Arc<SpareBuffers>,
 }
 
 impl Leaves<'_> {
