@@ -78,6 +78,8 @@ counters! {
     btree_evictions = "btree.evictions",
     checkpoints = "checkpoint.count",
     checkpoint_duration_max_us = "checkpoint.duration_max_us",
+    /// Pieces of space that were asked for: for data, and buckets for nodes.
+    space_allocations = "space.allocations",
     buckets_opened = "space.buckets_opened",
     buckets_emptied = "space.buckets_emptied",
     buckets_discarded = "space.buckets_discarded",

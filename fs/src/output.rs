@@ -27,6 +27,13 @@ macro_rules! complain {
     ($($text:tt)*) => { $crate::output::error_line(format_args!($($text)*)) };
 }
 
+/// What the parser of a command line has to say, without its hints.
+#[must_use]
+pub fn in_one_line(text: &str) -> String {
+    let said: Vec<_> = text.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
+    format!("{} (--help says how)", said.join(" ").trim_start_matches("error: "))
+}
+
 /// Keeps the first failure of standard output.
 pub fn keep(outcome: io::Result<()>) {
     if let Err(error) = outcome {

@@ -166,14 +166,6 @@ pub fn run(arguments: &Arguments) -> u8 {
     }
 }
 
-/// What clap has to say, in one line.
-#[must_use]
-pub fn in_one_line(error: &clap::Error) -> String {
-    let text = error.to_string();
-    let said: Vec<_> = text.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
-    format!("{} (--help says how)", said.join(" ").trim_start_matches("error: "))
-}
-
 fn run_checked(arguments: &Arguments, target: &str) -> Result<u8> {
     if arguments.rebuild.rebuild {
         return rebuild::command::run(arguments, target);

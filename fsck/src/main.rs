@@ -10,7 +10,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use coppicefs::{complain, output};
-use coppicefs_fsck::cli::{Arguments, EXIT_CODES, EXIT_OPERATIONAL, EXIT_USAGE, in_one_line, run};
+use coppicefs_fsck::cli::{Arguments, EXIT_CODES, EXIT_OPERATIONAL, EXIT_USAGE, run};
 
 /// Checks a coppice filesystem, and repairs it.
 #[derive(Parser)]
@@ -24,7 +24,7 @@ fn main() -> ExitCode {
     let code = match Command::try_parse() {
         Ok(command) => ExitCode::from(run(&command.arguments)),
         Err(error) if error.use_stderr() => {
-            complain!("fsck-coppice: {}", in_one_line(&error));
+            complain!("fsck-coppice: {}", output::in_one_line(&error.to_string()));
             ExitCode::from(EXIT_USAGE)
         }
         // Help and version.

@@ -74,14 +74,6 @@ fn compression(text: &str) -> Result<CompressionChoice, String> {
     CompressionChoice::parse(text).map_err(|error| error.to_string())
 }
 
-/// What clap has to say, in one line.
-#[must_use]
-pub fn in_one_line(error: &clap::Error) -> String {
-    let text = error.to_string();
-    let said: Vec<_> = text.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
-    format!("{} (--help says how)", said.join(" ").trim_start_matches("error: "))
-}
-
 /// Runs mkfs.
 ///
 /// # Errors

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use coppicefs::{complain, output};
-use coppicefs_mkfs::cli::{Arguments, in_one_line, run};
+use coppicefs_mkfs::cli::{Arguments, run};
 
 /// Makes a coppice filesystem on an image file or a disk.
 #[derive(Parser)]
@@ -20,7 +20,7 @@ fn main() -> ExitCode {
     let code = match Command::try_parse() {
         Ok(command) => make(&command.arguments),
         Err(error) if error.use_stderr() => {
-            complain!("mkfs-coppice: {}", in_one_line(&error));
+            complain!("mkfs-coppice: {}", output::in_one_line(&error.to_string()));
             ExitCode::FAILURE
         }
         // Help and version.

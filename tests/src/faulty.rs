@@ -10,6 +10,7 @@
 //! | `write@N=+BYTES`, `write@N=-BYTES` | it is done so far away from where it should |
 //! | `bytes@OFFSET+LENGTH=eio` | reads of any of these bytes fail |
 //! | `size@BYTES=eio` | the device has shrunk: whatever reaches behind it fails |
+//! | `allocate@N=enospc`, `allocate@N..=enospc`, `allocate@N..M=enospc` | no space is found for the Nth allocation since the mount, whatever `when` says |
 //! | `when=PATH` | nothing happens, and nothing is counted, until there is a file at PATH |
 //!
 //! Locks: none; counters are atomic.
@@ -46,6 +47,7 @@ pub struct FaultPlan {
     calls: Vec<(Call, Range<u64>, Effect)>,
     bad: Vec<Range<u64>>,
     size_bytes: Option<u64>,
+    no_space: Option<(u32, u32)>,
     when: Option<PathBuf>,
 }
 
@@ -83,6 +85,12 @@ impl FaultPlan {
                 self.size_bytes = Some(place.parse().ok()?);
                 return (effect == "eio").then_some(());
             }
+            "allocate" => {
+                let (first, end) = place.split_once("..").unwrap_or((place, place));
+                let last = if end.is_empty() { u32::MAX } else { end.parse().ok()? };
+                self.no_space = Some((first.parse().ok()?, last));
+                return (effect == "enospc").then_some(());
+            }
             _ => return None,
         };
         let numbers = match place.strip_suffix("..") {
@@ -97,6 +105,12 @@ impl FaultPlan {
         };
         self.calls.push((call, numbers, effect));
         Some(())
+    }
+
+    /// Which allocations find no space: first and last.
+    #[must_use]
+    pub fn no_space(&self) -> Option<(u32, u32)> {
+        self.no_space
     }
 
     fn is_on(&self) -> bool {
@@ -164,17 +178,7 @@ impl FaultyDevice {
 }
 
 impl BlockDevice for FaultyDevice {
-    fn name(&self) -> &str {
-        self.inner.name()
-    }
-
-    fn size_bytes(&self) -> u64 {
-        self.inner.size_bytes()
-    }
-
-    fn block_bytes(&self) -> u32 {
-        self.inner.block_bytes()
-    }
+    coppicefs::as_the_device_below!(inner);
 
     fn is_read_only(&self) -> bool {
         self.inner.is_read_only()
@@ -233,6 +237,10 @@ mod tests {
         assert_eq!(plan.effect(Call::Write, 1 << 40), Some(Effect::Lose));
         assert_eq!(plan.effect(Call::Write, 0), Some(Effect::Misdirect(-4096)));
         assert!(plan.is_bad(4096, 4097) && !plan.is_bad(4096, 4096) && !plan.is_bad(12_288, 1) && !plan.is_on());
+        for (text, refused) in [("1", (1, 1)), ("2..5", (2, 5)), ("7..", (7, u32::MAX))] {
+            let plan: FaultPlan = format!("allocate@{text}=enospc").parse().unwrap();
+            assert_eq!(plan.no_space(), Some(refused));
+        }
         for wrong in [
             "read",
             "read@=eio",
@@ -241,6 +249,8 @@ mod tests {
             "bytes@3=eio",
             "bytes@3+4=lost",
             "flush@x=eio",
+            "allocate@x=enospc",
+            "allocate@1=eio",
             "what@1=eio",
         ] {
             assert!(wrong.parse::<FaultPlan>().is_err(), "{wrong}");

@@ -323,15 +323,10 @@ impl MountedCoppice {
         self.bytes_done.set(0);
         while let Some(rest) = data.get(done..).filter(|rest| !rest.is_empty()) {
             let request = WriteRequest {
-                node,
-                handle,
-                offset: offset + done as u64,
-                data: &rest[..rest.len().min(WRITE_BYTES_MAX)],
                 direct: way.is_some_and(Way::is_direct),
                 append: way == Some(Way::Append),
                 synchronous: way.is_some_and(Way::is_synchronous),
-                from_page_cache: false,
-                clear_set_id: false,
+                ..WriteRequest::new(node, handle, offset + done as u64, &rest[..rest.len().min(WRITE_BYTES_MAX)])
             };
             done += self.vfs().write(&CALLER, &request)? as usize;
             self.bytes_done.set(done as u64);
@@ -606,6 +601,11 @@ impl Mounted for MountedCoppice {
 
     fn bytes_done(&self) -> u64 {
         self.bytes_done.get()
+    }
+
+    fn counter(&self, name: &str) -> u64 {
+        let counters = self.filesystem.metrics().snapshot();
+        counters.iter().find(|(counter, _)| *counter == name).map_or(0, |(_, value)| *value)
     }
 
     fn tree(&mut self) -> Result<Tree> {

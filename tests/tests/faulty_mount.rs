@@ -157,3 +157,40 @@ fn a_lost_or_misdirected_write_is_never_read_as_right() {
         assert!(matches!(checked.status.code(), Some(0 | 4)), "{nth} {effect}: {checked:?}");
     }
 }
+
+/// No space is found for some allocations, though there is: who writes is told, and what was acknowledged is there.
+#[test]
+fn an_allocation_that_finds_no_space_is_told_to_the_writer_alone() {
+    for (options, refused) in [("cache=kernel", "4..30"), ("cache=writeback", "9..9"), ("cache=daemon", "0..12")] {
+        let Some(site) = Site::formatted("128M", &[]) else { return };
+        mount(&site, options, &format!("allocate@{refused}=enospc"));
+        let (mut written, mut told) = (Vec::new(), 0);
+        for number in 0..60 {
+            let name = format!("file {number}");
+            match write_synced(&site, &name, number) {
+                Ok(()) => written.push((name, number)),
+                Err(error) => {
+                    assert_eq!(errno::<()>(Err(error)), Some(rustix::io::Errno::NOSPC), "{options}, {refused}");
+                    told += 1;
+                }
+            }
+        }
+        assert!(told > 0 && written.len() > 20, "{options}, {refused}: {told} were told, {} written", written.len());
+        let last_told = written.windows(2).rposition(|pair| pair[1].1 != pair[0].1 + 1);
+        assert!(last_told.is_none_or(|at| at < 20), "{options}, {refused}: it does not go on: {written:?}");
+        let check = |when: &str| {
+            for (name, byte) in &written {
+                let found = fs::read(site.mnt().join(name)).unwrap_or_else(|error| panic!("{when}: {name}: {error}"));
+                assert!(found == [*byte; 5 * BLOCK_BYTES], "{options}, {refused}: {when}: {name}");
+            }
+        };
+        check("while it is mounted");
+        end(&site);
+        site.assert_clean();
+        site.mount(options);
+        check("afterwards");
+        write_synced(&site, "again", 1).unwrap();
+        end(&site);
+        site.assert_clean();
+    }
+}

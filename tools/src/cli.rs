@@ -110,7 +110,7 @@ fn parse(words: impl IntoIterator<Item = OsString>) -> ExitCode {
             ExitCode::from(EXIT_USAGE)
         }
         Err(error) => {
-            complain!("coppice: {}", coppicefs_fsck::cli::in_one_line(&error));
+            complain!("coppice: {}", output::in_one_line(&error.to_string()));
             let is_fsck = words.get(1).is_some_and(|word| word == "fsck");
             ExitCode::from(if is_fsck { coppicefs_fsck::cli::EXIT_USAGE } else { EXIT_USAGE })
         }

@@ -129,6 +129,8 @@ pub struct TestSwitches {
     pub pause_us: u16,
     /// Promises of space with these numbers (first and last, from 0 at the mount) are refused, though there is space.
     pub refuse_promises: Option<(u32, u32)>,
+    /// Allocations of space for data, and of buckets for nodes, with these numbers (first and last, from 0 at the mount) find none, though there is.
+    pub refuse_allocations: Option<(u32, u32)>,
 }
 
 #[cfg(test)]

@@ -56,6 +56,7 @@ pub use compress::Compression;
 pub use copygc::{CopyGc, Evacuated};
 pub use extents::{Extent, Shape};
 pub use logged::RangeFill;
+pub use range::PreparedTruncation;
 pub use read::{BadRange, ReadPiece};
 pub use salvage::{BadPart, read_extent};
 pub use write::{PreparedWrite, WriteCommit, WriteRun};

@@ -44,6 +44,10 @@ struct Tail {
     _reservation: SpaceReservation,
 }
 
+/// What [`Data::prepare_truncation`] has made ready: all of a truncation that may lack space or meet a bad block.
+#[must_use]
+pub struct PreparedTruncation(Option<Tail>);
+
 /// What a truncation's first transaction came to.
 enum Truncated {
     Done(Inode),
@@ -76,8 +80,37 @@ impl Data {
     /// # Errors
     /// The device's or the journal's.
     pub fn truncate(&self, inode: InodeNumber, size: u64, update_inode: &dyn Fn(&mut Inode)) -> Result<Change> {
+        let prepared = self.prepare_truncation(inode, size)?;
+        self.truncate_prepared(inode, size, prepared, update_inode)
+    }
+
+    /// Reads the block that will be the last one, and writes what it will be to fresh space. Before the caller drops anything: what can fail for
+    /// want of space, or at a bad block, has then changed nothing.
+    ///
+    /// # Errors
+    /// The device's; [`Error::NoSpace`].
+    pub fn prepare_truncation(&self, inode: InodeNumber, size: u64) -> Result<PreparedTruncation> {
+        self.transactions.wait_for_room(CommitOptions::reclaim())?;
+        self.prepare_tail(inode, size).map(PreparedTruncation)
+    }
+
+    /// [`Self::truncate`] with what was prepared for it.
+    ///
+    /// # Errors
+    /// The device's or the journal's.
+    pub fn truncate_prepared(
+        &self,
+        inode: InodeNumber,
+        size: u64,
+        prepared: PreparedTruncation,
+        update_inode: &dyn Fn(&mut Inode),
+    ) -> Result<Change> {
+        let mut prepared = Some(prepared.0);
         for _ in 0..ATTEMPTS_MAX {
-            let tail = self.prepare_tail(inode, size)?;
+            let tail = match prepared.take() {
+                Some(tail) => tail,
+                None => self.prepare_tail(inode, size)?,
+            };
             let options = CommitOptions { data_needs_flush: tail.is_some(), ..CommitOptions::reclaim() };
             let committed = self.transactions.run(options, |transaction| {
                 let Some(stored) = self.inode(transaction, inode)? else { return Ok(None) };

@@ -316,7 +316,8 @@ impl Journal {
     /// is missing, and asks for a checkpoint through the pressure hook where ring space is. Call it with no locks held.
     ///
     /// # Errors
-    /// [`Error::Latched`] after a failure; [`Error::Bug`] if `payload_bytes` can never fit a record.
+    /// [`Error::Latched`] after a failure; [`Error::NoSpace`] if the ring is full and checkpoints find no bucket ([`Self::checkpoint_starved`]);
+    /// [`Error::Bug`] if `payload_bytes` can never fit a record.
     pub fn wait_for_space(&self, payload_bytes: usize, watermark: JournalWatermark) -> Result<()> {
         self.inner.wait_for_space(payload_bytes, watermark)
     }
@@ -453,6 +454,12 @@ impl Journal {
     /// As [`Self::flush`].
     pub fn close(&self) -> Result<()> {
         self.flush(self.newest())
+    }
+
+    /// A checkpoint found no bucket for its nodes. Who waits for a checkpoint to free the ring is told when that has happened a few times.
+    pub fn checkpoint_starved(&self) {
+        self.inner.state.lock().starvations += 1;
+        self.inner.space.notify();
     }
 
     /// Refuses everything from now on: reservations, flushes, boundaries fail with [`Error::Latched`]. The first reason stays.

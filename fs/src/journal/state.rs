@@ -133,6 +133,8 @@ pub(super) struct State {
     released: JournalSequence,
     /// How often [`State::release_before`] was called.
     pub release_count: u64,
+    /// How many checkpoints found no bucket for their nodes.
+    pub starvations: u64,
     pending_releases: Vec<PendingRelease>,
     /// Position of the newest boundary.
     pub boundary_position: u64,
@@ -184,6 +186,7 @@ impl State {
             tail,
             released: JournalSequence(0),
             release_count: 0,
+            starvations: 0,
             pending_releases: Vec::new(),
             boundary_position: tail,
             totals,

@@ -18,6 +18,8 @@ const STATEMENT_INTERVAL: Duration = Duration::from_millis(50);
 /// From this fill on a checkpoint is asked for, if so much of it was filled since the last one.
 const PRESSURE_PERMILLE: u32 = 400;
 const PRESSURE_UNREFLECTED_PERMILLE: u32 = 100;
+/// After so many checkpoints in a row that found no bucket, nobody waits any longer for one that frees the ring. There is a while between two.
+const STARVATIONS_MAX: u64 = 4;
 
 /// The right to write. Dropping it ends the turn; unwinding latches, since nobody knows what was written.
 struct Turn<'a>(&'a Inner);
@@ -129,6 +131,7 @@ impl Inner {
         }
         // One checkpoint frees what is before the *older* kept one's F: it may take two. So each release is followed by another request.
         let mut asked_at = None;
+        let mut starved_before = 0;
         let mut unstatable = None;
         let mut is_counted = false;
         let outcome = loop {
@@ -153,8 +156,12 @@ impl Inner {
                     }
                     if asked_at != Some(state.release_count) {
                         asked_at = Some(state.release_count);
+                        starved_before = state.starvations;
                         drop(state);
                         self.ask_for_checkpoint();
+                    } else if state.starvations - starved_before >= STARVATIONS_MAX {
+                        let problem = "the log is full, and no bucket is left for the B-tree nodes that would free it";
+                        return Some(Err(Error::NoSpace(problem)));
                     }
                     return None;
                 }

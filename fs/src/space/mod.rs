@@ -64,6 +64,8 @@ pub struct Space {
     switches: TestSwitches,
     /// Promises that were asked for, where a switch refuses some.
     promises: AtomicU32,
+    /// Allocations that were asked for, where a switch refuses some.
+    allocations: AtomicU32,
     /// Threads that wait for a free bucket.
     waiters: AtomicU32,
     /// Wakes copygc.
@@ -139,6 +141,7 @@ impl Space {
             allocator,
             switches,
             promises: AtomicU32::new(0),
+            allocations: AtomicU32::new(0),
             waiters: AtomicU32::new(0),
             copygc_event: Event::new(),
             copygc_exhausted: AtomicBool::new(false),
@@ -201,6 +204,13 @@ impl Space {
         }
     }
 
+    /// Counts an allocation. Whether a switch says that there is no space for it.
+    fn is_refused(&self) -> bool {
+        self.metrics.space_allocations.increment();
+        let refused = self.switches.refuse_allocations;
+        refused.is_some_and(|(first, last)| (first..=last).contains(&self.allocations.fetch_add(1, Ordering::Relaxed)))
+    }
+
     /// Learns what the trees' nodes take.
     fn refresh_node_bytes(&self) {
         let bytes = i64::try_from(self.transactions.forest().node_bytes()).unwrap_or(i64::MAX);
@@ -220,6 +230,9 @@ impl Space {
     /// # Errors
     /// The device's; [`Error::NoSpace`] if nothing that could free a bucket is left, which an admitted write does not meet.
     pub fn allocate(&self, point: WritePoint, bytes: u32, watermark: Watermark) -> Result<Allocation> {
+        if self.is_refused() {
+            return Err(Error::NoSpace("a test refuses it"));
+        }
         loop {
             match self.allocator.take(point, bytes, watermark) {
                 Take::Space(allocation) => return Ok(allocation),
@@ -239,6 +252,9 @@ impl Space {
     /// # Errors
     /// The device's, or damage.
     pub fn allocate_now(&self, point: WritePoint, bytes: u32, watermark: Watermark) -> Result<Option<Allocation>> {
+        if self.is_refused() {
+            return Ok(None);
+        }
         loop {
             match self.allocator.take(point, bytes, watermark) {
                 Take::Space(allocation) => return Ok(Some(allocation)),

@@ -113,13 +113,17 @@ impl Space {
             }
         }
         self.refresh_node_bytes();
-        if claimed.is_empty() { Err(Error::NoSpace("no bucket is left for metadata")) } else { Ok(claimed) }
+        if claimed.is_empty() {
+            self.journal.checkpoint_starved();
+            return Err(Error::NoSpace("no bucket is left for metadata"));
+        }
+        Ok(claimed)
     }
 
     /// Holds up to `count` free buckets, of which the first is the `index`th of a claim.
     fn hold_many(&self, index: usize, count: usize) -> Result<Vec<BucketKey>> {
         let mut held = Vec::with_capacity(count);
-        while held.len() < count {
+        while held.len() < count && !self.is_refused() {
             let is_low = self.superblock.geometry.metadata_replicas < 2 || (index + held.len()).is_multiple_of(2);
             match self.hold_for_nodes(if is_low { Half::Low } else { Half::High }) {
                 Ok(Some(key)) => held.push(key),

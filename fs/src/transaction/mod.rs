@@ -130,6 +130,8 @@ impl CommitOptions {
 
 /// Restarts in a row that no load explains: seconds of nothing else.
 const RESTARTS_MAX: u32 = 1 << 20;
+/// Bytes of the log for which [`Transactions::wait_for_room`] waits.
+const SMALL_COMMIT_BYTES: usize = 2048;
 
 /// A transaction that has committed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -198,6 +200,16 @@ impl Transactions {
     #[must_use]
     pub fn read(&self) -> Transaction<'_> {
         Transaction::new(self, false)
+    }
+
+    /// Waits for what a small commit would wait for: dirty nodes that are too many, the log's ring. For who is about to do what cannot be taken
+    /// back before its commit: so want of space is met before that. Call it with no locks of nodes or folios held.
+    ///
+    /// # Errors
+    /// [`Error::NoSpace`] if no checkpoint finds any; [`Error::Latched`].
+    pub fn wait_for_room(&self, options: CommitOptions) -> Result<()> {
+        self.forest.wait_for_dirty_room()?;
+        self.journal.wait_for_space(SMALL_COMMIT_BYTES, options.watermark)
     }
 
     /// Runs `body` until it commits or fails. The body may run several times, so it has no effects outside of the transaction but

@@ -284,13 +284,14 @@ impl Vfs {
         if copy.is_empty() {
             return Err(Errno::FBIG.into());
         }
-        self.write_direct_exclusive(inode, file, offset, copy)?;
+        let written = self.write_direct_exclusive(inode, file, offset, copy)?;
         drop((exclusive, reservation));
-        Ok(length)
+        Ok(written)
     }
 
-    /// A write that extends the file or covers blocks in part: their rest is read through the cache, and written with it.
-    fn write_direct_exclusive(&self, inode: &Arc<VfsInode>, file: &FilePages, offset: u64, data: &[u8]) -> Result<()> {
+    /// A write that extends the file or covers blocks in part: their rest is read through the cache, and written with it. Returns how much was
+    /// written: less than asked for where an error came after a part.
+    fn write_direct_exclusive(&self, inode: &Arc<VfsInode>, file: &FilePages, offset: u64, data: &[u8]) -> Result<u64> {
         let block = file.pages.block_bytes();
         let (size, end) = (inode.size(), offset + data.len() as u64);
         let (first, last) = (round_down(offset, block), round_down(end, block));
@@ -313,12 +314,17 @@ impl Vfs {
         let mut at = first;
         while at < run_end {
             let run = WriteRun { offset: at, data: skip(&slices, at - first) };
-            let prepared = self.prepare_direct(inode, &[run], size.max(run_end))?;
-            let to = prepared.covered_to().min(round_up(run_end, block));
-            self.commit_direct(inode, file, &prepared, at..to, to.min(run_end))?;
-            at = to;
+            let step = self.prepare_direct(inode, &[run], size.max(run_end)).and_then(|prepared| {
+                let to = prepared.covered_to().min(round_up(run_end, block));
+                self.commit_direct(inode, file, &prepared, at..to, to.min(run_end)).map(|()| to)
+            });
+            match step {
+                Ok(to) => at = to,
+                Err(_) if at > offset => break,
+                Err(error) => return Err(error),
+            }
         }
-        Ok(())
+        Ok(at.min(end) - offset)
     }
 
     /// A write of whole blocks inside the file: each part that there is space for goes there with no lock held, and is then committed. Returns how much was

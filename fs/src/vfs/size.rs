@@ -54,13 +54,21 @@ impl Vfs {
             units_per_block: 1,
             placed: &|_| {},
         };
+        // What may fail comes before anything is dropped.
+        let prepared = match self.data.prepare_truncation(inode.number, size) {
+            Ok(prepared) => prepared,
+            Err(error) => {
+                self.settle_reservation(inode, None)?;
+                return Err(error);
+            }
+        };
         let punched = pagecache::truncate(&context, &guard, from);
         self.settle_reservation(inode, punched.as_ref().ok())?;
         let _dropped = punched?;
         let before = self.set_times_in_memory(inode, changes, now, true);
         let update = |stored: &mut Inode| apply_changes(inode, changes, stored);
         self.space.test_pause();
-        let outcome = self.data.truncate(inode.number, size, &update).and_then(|change| {
+        let outcome = self.data.truncate_prepared(inode.number, size, prepared, &update).and_then(|change| {
             let sequence = change.sequence;
             change.inode.map(|stored| (stored, sequence)).ok_or(Error::Posix(Errno::STALE))
         });

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use coppicefs::device::FileOptions;
 use coppicefs::filesystem::{Filesystem, OpenOptions};
 use coppicefs::options::MountOptions;
+use coppicefs::space::TestSwitches;
 use coppicefs::{Error, Result};
 use coppicefs_tests::faulty::{FaultPlan, FaultyDevice};
 use coppicefs_tools::image::Image;
@@ -18,8 +19,9 @@ fn open(target: &Target, options: &MountOptions) -> Result<Image> {
     let plan: FaultPlan = plan.parse().map_err(Error::Invalid)?;
     let file = FileOptions { read_only: options.read_only, ..FileOptions::default() };
     let device = Filesystem::open_device_waiting(&target.image, &file)?;
+    let switches = TestSwitches { refuse_allocations: plan.no_space(), ..TestSwitches::default() };
     let device = FaultyDevice::new(Arc::new(device), plan);
-    Ok(Filesystem::open(vec![Arc::new(device)], &OpenOptions::from(options))?.into())
+    Ok(Filesystem::open(vec![Arc::new(device)], &OpenOptions { switches, ..OpenOptions::from(options) })?.into())
 }
 
 fn main() -> ExitCode {

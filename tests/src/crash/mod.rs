@@ -52,6 +52,11 @@ pub trait Mounted {
         0
     }
 
+    /// One of its counters, since the mount.
+    fn counter(&self, _name: &str) -> u64 {
+        0
+    }
+
     /// Everything that it shows.
     ///
     /// # Errors

@@ -274,8 +274,14 @@ impl Namespace {
                 self.node_mut(inode)?.entry.xattrs.remove(name).ok_or(Errno::NODATA)?;
                 only(inode)
             }
-            Operation::Fsync { path } | Operation::FsyncDirectory { path } => {
+            Operation::Fsync { path } => {
                 self.lookup(path)?;
+                Changed::Nothing
+            }
+            Operation::FsyncDirectory { path } => {
+                if self.node(self.lookup(path)?)?.entry.kind != Kind::Directory {
+                    return Err(Errno::NOTDIR);
+                }
                 Changed::Nothing
             }
             // What has no name is not there after a crash, and not part of what a walk finds.

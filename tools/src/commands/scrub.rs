@@ -34,7 +34,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(100);
 #[command(
     after_help = "Of a mount, the daemon scrubs, beside whatever else it does; interrupted (Ctrl-C) or cancelled, the next scrub goes on where it stopped, \
                   as long as the filesystem stays mounted. A scrub of an image begins anew each time.\n\n\
-                  Exit codes: 0 everything is as it should be, 1 all that was not is repaired, 4 damage remains, 8 the scrub did not come to its end."
+                  Exit codes: 0 everything is as it should be, 1 all that was not is repaired, 4 damage remains, 8 the scrub did not come to its end, or its report could not be written."
 )]
 #[allow(clippy::struct_excessive_bools, reason = "command-line flags")]
 pub struct Arguments {

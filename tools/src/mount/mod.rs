@@ -61,10 +61,7 @@ pub fn main_with<M: Mountable>(open: impl FnOnce(&Target, &MountOptions) -> copp
                 output::keep(error.print());
                 return output::end("mount-coppice", ExitCode::SUCCESS, EXIT_FAILURE);
             }
-            let text = error.to_string();
-            let said: Vec<_> = text.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
-            let said = said.join(" ");
-            complain!("mount-coppice: {} (`mount-coppice --help` says how)", said.trim_start_matches("error: "));
+            complain!("mount-coppice: {}", output::in_one_line(&error.to_string()));
             ExitCode::from(EXIT_USAGE)
         }
     }

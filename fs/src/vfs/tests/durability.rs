@@ -185,18 +185,3 @@ fn a_directory_synchronous_mount_keeps_names() {
     mount.crash();
     assert!(mount.lookup(ROOT, "f").is_some());
 }
-
-/// Who does not get the turn to write a file back must not take it from whoever has it: two passes over one file would run at once.
-#[test]
-fn a_turn_of_writeback_is_one_at_a_time() {
-    let mount = Mount::simulated(1);
-    let file = mount.create(ROOT, "f");
-    let inode = mount.vfs().inode(file.0).unwrap();
-    let turn = inode.try_writeback_turn();
-    assert!(turn.is_some());
-    for _ in 0..3 {
-        assert!(inode.try_writeback_turn().is_none());
-    }
-    drop(turn);
-    assert!(inode.try_writeback_turn().is_some());
-}

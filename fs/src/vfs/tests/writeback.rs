@@ -43,7 +43,7 @@ impl Mount {
     }
 }
 
-/// Who does not get the turn must not take it from whoever has it.
+/// Who does not get the turn to write a file back must not take it from whoever has it: two passes over one file would run at once.
 #[test]
 fn a_turn_is_one_at_a_time() {
     let mount = Mount::simulated(1);
