@@ -21,7 +21,7 @@ use crate::rebuild::command::RebuildArguments;
 use crate::repair::Loss;
 use crate::report::{Report, Summary};
 use crate::session::{Outcome, Session};
-use crate::{damaged, passes, rebuild, session};
+use crate::{damaged, passes, rebuild, session, small_trees};
 
 /// Nothing is wrong.
 pub const EXIT_CLEAN: u8 = 0;
@@ -243,6 +243,7 @@ fn open(
         known_in_use,
         // A quarter of it is for nodes.
         cache_bytes: passes::node_cache_bytes(arguments.memory).saturating_mul(4),
+        for_repair: true,
         ..OpenOptions::default()
     };
     Filesystem::open(vec![Arc::clone(device)], &options)
@@ -346,7 +347,7 @@ fn check_with_progress(arguments: &Arguments, filesystem: &Filesystem) -> Result
     let template = "{bar:30} {percent}% {msg} [{elapsed}, {eta} left]";
     let bar = bar(arguments, 0, template);
     let options = CheckOptions { memory_bytes: arguments.memory };
-    let report = passes::check_with(filesystem, &options, &|at: Progress| {
+    let report = small_trees::check_with(filesystem, &options, &|at: Progress| {
         bar.set_length(at.total);
         bar.set_position(at.done);
         bar.set_message(at.name);

@@ -106,7 +106,9 @@ struct KeyRepair<'r, 't> {
 impl KeyRepair<'_, '_> {
     fn key(&mut self, problem: &Problem) -> Result<()> {
         match problem {
-            Problem::KeyUndecodable { btree, position, .. } => self.undecodable(*btree, *position),
+            Problem::SubvolumeMissing { btree, position } | Problem::KeyUndecodable { btree, position, .. } => {
+                self.undecodable(*btree, *position)
+            }
             Problem::ExtentMisplaced { position, .. } => self.misplaced_extent(*position),
             Problem::ExtentOverlap { position, .. } => self.overlapping_extent(*position),
             Problem::ExtentPointer { position, .. } => self.wrong_pointer(*position),
@@ -184,11 +186,13 @@ fn device_position(device: u8, bucket: u64) -> Position {
     Position::new(u64::from(device), bucket, 0)
 }
 
-fn orphan_position(inode: u64) -> Position {
+/// Where an inode is noted for deletion.
+pub(crate) fn orphan_position(inode: u64) -> Position {
     Position::new(0, inode, SnapshotId::ROOT.0)
 }
 
-fn inode_position(inode: u64) -> Position {
+/// Where an inode's key stands.
+pub(crate) fn inode_position(inode: u64) -> Position {
     Position::new(inode, 0, SnapshotId::ROOT.0)
 }
 

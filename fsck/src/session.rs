@@ -135,8 +135,8 @@ fn turn(
 /// # Errors
 /// As [`run`], and those of opening.
 pub fn repair_all(devices: &[Arc<dyn BlockDevice>], options: &OpenOptions) -> Result<Outcome> {
-    let check = |filesystem: &Filesystem| crate::passes::check(filesystem, &|_, _, _, _| {});
-    let options = OpenOptions { workers: WorkerSet::Essential, ..options.clone() };
+    let check = |filesystem: &Filesystem| crate::small_trees::check(filesystem, &|_, _, _, _| {});
+    let options = OpenOptions { workers: WorkerSet::Essential, for_repair: true, ..options.clone() };
     let filesystem = Filesystem::open(devices.to_vec(), &OpenOptions { read_only: true, ..options.clone() })?;
     let report = check(&filesystem);
     filesystem.close()?;

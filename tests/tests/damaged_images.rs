@@ -2,20 +2,22 @@
 //! Errors are answers; a panic, a hang, or a check that writes is a failure. After `fsck -y` a second check finds nothing, or the first said that it
 //! takes a rebuild.
 //!
-//! `COPPICE_FUZZ_IMAGES` (160) is how many images of each kind, `COPPICE_SEED` the first one's seed.
+//! Where no node is lost, the repair is complete: keys alone never take a rebuild.
+//!
+//! `COPPICE_FUZZ_IMAGES` (160) is how many images of each kind, `COPPICE_SEED` the first one's seed; of a single one what was found is printed.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use coppicefs::device::{Image, SimDevice, SimOptions};
 use coppicefs::env::Env;
 use coppicefs::filesystem::{Filesystem, OpenOptions, WorkerSet};
-use coppicefs::format::namespace::FileType;
+use coppicefs::format::namespace::{FileType, Inode, LoggedOperation};
 use coppicefs::format::{BtreeId, Position};
 use coppicefs::transaction::{CommitOptions, Transaction};
 use coppicefs::vfs::{Attributes, Caller, Emitted, Lookup, ReadRequest, Vfs, WriteRequest};
@@ -34,6 +36,9 @@ const SECTOR_BYTES: u64 = 512;
 const ROOT: u64 = 1;
 const CALLER: Caller = Caller { uid: 0, gid: 0, pid: 1, umask: 0 };
 const READ_BYTES: u32 = 16 << 10;
+
+/// Images of each kind, if not told otherwise.
+const IMAGES: u64 = 160;
 
 struct Random(Xoshiro256PlusPlus);
 
@@ -72,6 +77,12 @@ fn made(subject: &Coppice) -> Image {
         }
         perform(if folder % 2 == 0 { Operation::Sync } else { Operation::Settle });
     }
+    // Open when the power is cut: to be deleted.
+    let path = String::from("/d0/gone");
+    perform(Operation::Create { path: path.clone(), mode: 0o600 });
+    perform(Operation::Write { path: path.clone(), offset: 0, length: 9000, tag: 99 });
+    perform(Operation::Hold { path: path.clone() });
+    perform(Operation::Unlink { path });
     // Not unmounted: the newest changes are in the journal alone.
     perform(Operation::Sync);
     device.snapshot().everything()
@@ -180,6 +191,25 @@ struct Outcomes {
     shown: AtomicU64,
     repaired: AtomicU64,
     rebuild: AtomicU64,
+    /// There is one image, of which more is said.
+    is_one: bool,
+    /// Why a rebuild is what they take, in words without numbers, and the first seed of each.
+    reasons: Mutex<BTreeMap<String, (u64, u64)>>,
+}
+
+impl Outcomes {
+    fn takes_rebuild(&self, seed: u64, reason: &str) {
+        self.rebuild.fetch_add(1, Ordering::Relaxed);
+        let words: Vec<String> = reason
+            .split(|letter: char| !letter.is_ascii_alphabetic())
+            .filter(|word| !word.is_empty() && !word.chars().any(char::is_numeric))
+            .map(str::to_owned)
+            .collect();
+        let mut reasons = self.reasons.lock().unwrap();
+        let known = reasons.entry(words.join(" ")).or_insert((0, seed));
+        known.0 += 1;
+        known.1 = known.1.min(seed);
+    }
 }
 
 /// One image: errors are fine, whatever they say.
@@ -196,18 +226,26 @@ fn try_one(subject: &Coppice, image: Image, seed: u64, outcomes: &Outcomes) {
     let device = device_of(image);
     match repair_all(&[Arc::clone(&device) as _], &options()) {
         Ok(outcome) if !outcome.needs_rebuild() => {
+            if outcomes.is_one {
+                println!("repaired {:#?}", outcome.problems);
+            }
             assert!(outcome.left.is_empty(), "seed {seed}: left by fsck -y: {:?}", outcome.left);
         }
         // Exit 8, naming --rebuild.
-        Ok(_) => {
-            outcomes.rebuild.fetch_add(1, Ordering::Relaxed);
-            return;
+        Ok(outcome) => {
+            if outcomes.is_one {
+                println!("found {:#?}\nfailed {:#?}\nleft {:#?}", outcome.problems, outcome.failed, outcome.left);
+            }
+            let failed = outcome.failed.iter().map(|(problem, why)| format!("{}: {why}", problem.id()));
+            let left =
+                outcome.left.iter().filter(|problem| !problem.is_repairable()).map(|problem| problem.id().into());
+            let reasons: BTreeSet<String> = failed.chain(left).collect();
+            return outcomes.takes_rebuild(seed, &reasons.into_iter().collect::<Vec<_>>().join("; "));
         }
         Err(error) => {
             let is_damage = error.is_media_error() || matches!(error, Error::Unusable(_));
             assert!(is_damage && checked.is_err(), "seed {seed}: fsck -y: {error}");
-            outcomes.rebuild.fetch_add(1, Ordering::Relaxed);
-            return;
+            return outcomes.takes_rebuild(seed, &error.to_string());
         }
     }
     outcomes.repaired.fetch_add(1, Ordering::Relaxed);
@@ -222,11 +260,11 @@ fn try_one(subject: &Coppice, image: Image, seed: u64, outcomes: &Outcomes) {
 }
 
 /// Tries images on as many threads as there are processors, and says what became of them.
-fn try_all(what: &str, damage: impl Fn(u64, &mut Random) -> Image + Sync) -> Outcomes {
+fn try_all(what: &str, images: u64, damage: impl Fn(u64, &mut Random) -> Image + Sync) -> Outcomes {
     let subject = Coppice::default();
-    let (first, images) = (seed_or(1), count("COPPICE_FUZZ_IMAGES", 160));
+    let (first, images) = (seed_or(1), count("COPPICE_FUZZ_IMAGES", images));
     let next = AtomicU64::new(0);
-    let outcomes = Outcomes::default();
+    let outcomes = Outcomes { is_one: images == 1, ..Outcomes::default() };
     let start = Instant::now();
     std::thread::scope(|scope| {
         for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
@@ -255,6 +293,9 @@ fn try_all(what: &str, damage: impl Fn(u64, &mut Random) -> Image + Sync) -> Out
         outcomes.repaired.load(Ordering::Relaxed),
         outcomes.rebuild.load(Ordering::Relaxed),
     );
+    for (reason, (count, seed)) in outcomes.reasons.lock().unwrap().iter() {
+        println!("    {count} (the first is seed {seed}): {reason}");
+    }
     outcomes
 }
 
@@ -289,7 +330,7 @@ fn sectors() {
         })
         .collect();
     assert!(used.len() > 1000, "{} sectors are in use", used.len());
-    let outcomes = try_all("sectors", |_, random| damage_sectors(&image, &used, random));
+    let outcomes = try_all("sectors", IMAGES, |_, random| damage_sectors(&image, &used, random));
     assert!(outcomes.opened.load(Ordering::Relaxed) > 0 && outcomes.repaired.load(Ordering::Relaxed) > 0);
 }
 
@@ -332,24 +373,147 @@ fn damage_keys(transaction: &mut Transaction<'_>, random: &mut Random) -> Result
     Ok(())
 }
 
+/// The image with keys changed by a transaction that checks nothing.
+fn with_keys(image: &Image, seed: u64, change: impl Fn(&mut Transaction<'_>) -> Result<()>) -> Image {
+    let device = device_of(image.clone());
+    let essential = OpenOptions { workers: WorkerSet::Essential, ..options() };
+    let filesystem = Filesystem::open(vec![Arc::clone(&device) as _], &essential).unwrap();
+    let raw = CommitOptions { raw: true, ..CommitOptions::default() };
+    let changed = filesystem.transactions().run(raw, |transaction| change(transaction));
+    changed.unwrap_or_else(|error| panic!("seed {seed}: cannot make the damage: {error}"));
+    // The checkpoint at the end may meet the damage; then this is an image of a crash.
+    if let Err(error) = filesystem.close() {
+        assert!(error.is_media_error(), "seed {seed}: cannot close the damaged image: {error}");
+    }
+    device.image()
+}
+
+/// No node is lost by it, so nothing takes a rebuild.
+fn assert_all_repaired(outcomes: &Outcomes) {
+    let reasons = outcomes.reasons.lock().unwrap();
+    assert!(reasons.is_empty() && outcomes.repaired.load(Ordering::Relaxed) > 0, "not repaired: {reasons:#?}");
+}
+
 #[test]
 fn keys() {
     let image = made(&Coppice::default());
-    let outcomes = try_all("keys", |seed, random| {
-        let device = device_of(image.clone());
-        let essential = OpenOptions { workers: WorkerSet::Essential, ..options() };
-        let filesystem = Filesystem::open(vec![Arc::clone(&device) as _], &essential).unwrap();
-        let raw = CommitOptions { raw: true, ..CommitOptions::default() };
+    let outcomes = try_all("keys", IMAGES, |seed, random| {
         // The body may run again: with the same choices.
         let state = random.0.clone();
-        let damaged =
-            filesystem.transactions().run(raw, |transaction| damage_keys(transaction, &mut Random(state.clone())));
-        damaged.unwrap_or_else(|error| panic!("seed {seed}: cannot make the damage: {error}"));
-        // The checkpoint at the end may meet the damage; then this is an image of a crash.
-        if let Err(error) = filesystem.close() {
-            assert!(error.is_media_error(), "seed {seed}: cannot close the damaged image: {error}");
-        }
-        device.image()
+        with_keys(&image, seed, |transaction| damage_keys(transaction, &mut Random(state.clone())))
     });
-    assert!(outcomes.opened.load(Ordering::Relaxed) > 0 && outcomes.repaired.load(Ordering::Relaxed) > 0);
+    assert_all_repaired(&outcomes);
+}
+
+/// Number and size of files with data in extents.
+fn large_files(transaction: &mut Transaction<'_>) -> Result<Vec<(u64, u64)>> {
+    let inodes = transaction.range(BtreeId::Inodes, Position::MIN, Position::MAX, 400)?;
+    let decoded = inodes.iter().filter_map(|(position, value)| Some((position.inode, Inode::decode(value).ok()?)));
+    let files = decoded.filter(|(_, inode)| inode.file_type() == Some(FileType::Regular) && inode.link_count > 0);
+    Ok(files.map(|(number, inode)| (number, inode.size)).filter(|(_, size)| *size > 20_000).collect())
+}
+
+/// A note of a deletion that names a file which has a name, by its place or by its inode: the mount deleted the data before it looked at the file.
+#[test]
+fn a_wrong_note_of_a_deletion_costs_no_data() {
+    let _limit = Limit::new();
+    let subject = Coppice::default();
+    let image = with_keys(&made(&subject), 0, |transaction| {
+        for (number, (inode, _)) in (0..2).zip(large_files(transaction)?) {
+            transaction.put(BtreeId::Orphans, Position::new(number, inode, u32::MAX), Vec::new());
+        }
+        Ok(())
+    });
+    let device = device_of(image);
+    let env = Env::simulated(1);
+    let mounting = OpenOptions { env: Some(Arc::clone(&env)), ..options() };
+    let filesystem = Filesystem::open(vec![Arc::clone(&device) as _], &mounting).unwrap();
+    filesystem.vfs().wait_for_deletions().unwrap();
+    filesystem.close().unwrap();
+    env.unregister_all();
+    drop(filesystem);
+    let problems = subject.check(&device).unwrap();
+    let ids: BTreeSet<_> = problems.iter().filter_map(|problem| problem.split(':').next()).collect();
+    assert_eq!(ids, BTreeSet::from(["key-undecodable", "orphan-linked"]), "{problems:?}");
+    let outcome = repair_all(&[Arc::clone(&device) as _], &options()).unwrap();
+    assert!(outcome.losses.is_empty() && outcome.left.is_empty(), "{outcome:?}");
+    let errors = walk(&device).unwrap();
+    assert!(errors.is_empty(), "{errors:?}");
+    assert_eq!(subject.check(&device).unwrap(), Vec::<String>::new());
+}
+
+/// Ways to damage one key.
+const WAYS: u64 = 9;
+
+fn damage_key(transaction: &mut Transaction<'_>, btree: BtreeId, position: Position, value: &[u8], way: u64) {
+    let value = match way {
+        0 => return transaction.delete(btree, position),
+        1 | 2 => {
+            let away = if way == 1 {
+                Position { offset: position.offset ^ 1 << 33, ..position }
+            } else {
+                Position { inode: position.inode ^ 1 << 20, snapshot: position.snapshot ^ 1, ..position }
+            };
+            transaction.put(btree, away, value.to_vec());
+            return transaction.delete(btree, position);
+        }
+        // A second one.
+        3 => return transaction.put(btree, Position { offset: position.offset ^ 64, ..position }, value.to_vec()),
+        4 => Vec::new(),
+        5 => value.split_last().map_or_else(Vec::new, |(_, rest)| rest.to_vec()),
+        6 => [value, &[1]].concat(),
+        7 => vec![0xff; value.len().max(1)],
+        _ => value.iter().enumerate().map(|(index, byte)| byte ^ u8::from(index < 2)).collect(),
+    };
+    transaction.put(btree, position, value);
+}
+
+/// Each key of each tree, damaged in each way, alone: all of it is repaired. `COPPICE_FUZZ_KEYS` (2) is of how many keys of each tree.
+#[test]
+fn every_key_of_every_tree() {
+    let subject = Coppice::default();
+    let image = with_keys(&made(&subject), 0, |transaction| {
+        // As it is after a crash in a long truncation, and in a long hole.
+        let mut files = large_files(transaction)?.into_iter();
+        for number in 0..2 {
+            let Some((inode, size)) = files.next() else { break };
+            let operation = if number == 0 {
+                LoggedOperation::Truncate { inode, size }
+            } else {
+                LoggedOperation::Replace { inode, start: 4096, end: 8192, unwritten: false }
+            };
+            transaction.put(BtreeId::LoggedOperations, Position::new(0, inode, 0), operation.encode()?);
+        }
+        Ok(())
+    });
+    let mut keys = Vec::new();
+    {
+        let reading = OpenOptions { read_only: true, workers: WorkerSet::Essential, ..options() };
+        let filesystem = Filesystem::open(vec![device_of(image.clone()) as _], &reading).unwrap();
+        for btree in BtreeId::ALL {
+            let all = filesystem.transactions().read().range(btree, Position::MIN, Position::MAX, 4000).unwrap();
+            assert!(!all.is_empty() || btree == BtreeId::NeedDiscard, "the {} tree has no key", btree.name());
+            let wanted = usize::try_from(count("COPPICE_FUZZ_KEYS", 2)).unwrap().max(1);
+            let step = all.len().div_ceil(wanted).max(1);
+            keys.extend(all.into_iter().rev().step_by(step).map(|(position, value)| (btree, position, value)));
+        }
+        filesystem.close().unwrap();
+    }
+    println!("{} keys", keys.len());
+    let outcomes = try_all("every key", keys.len() as u64 * WAYS, |seed, _| {
+        let (btree, position, value) = &keys[usize::try_from((seed - 1) / WAYS).unwrap() % keys.len()];
+        let way = (seed - 1) % WAYS;
+        let damaged = with_keys(&image, seed, |transaction| {
+            damage_key(transaction, *btree, *position, value, way);
+            Ok(())
+        });
+        // A mount does not come up with what it cannot be sure of, and says what helps.
+        if matches!(btree, BtreeId::Subvolumes | BtreeId::Snapshots | BtreeId::LoggedOperations)
+            && let Err(error) = walk(&device_of(damaged.clone()))
+        {
+            assert!(error.to_string().contains("`fsck.coppice -y` repairs it"), "seed {seed}: {error}");
+        }
+        damaged
+    });
+    assert_all_repaired(&outcomes);
 }
