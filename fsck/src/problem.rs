@@ -27,6 +27,7 @@ pub enum Problem {
     NodeCopy { btree: BtreeId, from: Position, level: u8, node: u64, device: u8, offset: u64, reason: String },
     NodeUnreadable { btree: BtreeId, level: u8, from: Position, to: Position, reason: String },
     NodeMap { device: u8, bucket: u64, recorded: u64, reachable: u64 },
+    NodeMapLost { number: u64, reason: String },
     SubvolumeMissing { btree: BtreeId, position: Position },
     KeyUndecodable { btree: BtreeId, position: Position, reason: String },
     ExtentMisplaced { position: Position, reason: String },
@@ -102,6 +103,7 @@ problem_table! {
     NodeCopy, "node-copy", Minor, Nodes;
     NodeUnreadable, "node-unreadable", Damage, Nodes;
     NodeMap, "node-map", Minor, Nodes;
+    NodeMapLost, "node-map-lost", Minor, Nodes;
     SubvolumeMissing, "subvolume-missing", Minor, Keys;
     KeyUndecodable, "key-undecodable", Damage, Keys;
     ExtentMisplaced, "extent-misplaced", Damage, Keys;
@@ -211,6 +213,11 @@ impl Problem {
             Self::NodeMap { device, bucket, recorded, reachable } => format!(
                 "the node-space map has slots {recorded:#x} of bucket {bucket} (device {device}) in use, the trees use {reachable:#x}"
             ),
+            Self::NodeMapLost { number, reason } => {
+                format!(
+                    "the node-space map of checkpoint {number} is lost ({reason}): it can be made again, nothing else is"
+                )
+            }
             Self::SubvolumeMissing { btree, position } => {
                 format!("the {} tree does not have its one key, {position}", btree.name())
             }

@@ -14,6 +14,7 @@
 mod counts;
 mod extents;
 mod keys;
+pub mod map;
 mod names;
 mod nodes;
 
@@ -76,8 +77,8 @@ pub fn repair(filesystem: &Filesystem, report: &Report, chosen: &[Problem]) -> R
 fn repair_one(filesystem: &Filesystem, report: &Report, problem: &Problem, losses: &mut Vec<Loss>) -> Result<()> {
     match problem {
         Problem::SuperblockCopy { .. } => nodes::repair_superblock(filesystem),
-        // The checkpoint that ends the round is written over it.
-        Problem::CheckpointDamaged { .. } => Ok(()),
+        // The checkpoint that ends the round is written over it; a map is made again before anything is opened.
+        Problem::CheckpointDamaged { .. } | Problem::NodeMapLost { .. } => Ok(()),
         Problem::NodeCopy { btree, from, level, .. } => filesystem.forest().rewrite_node(*btree, *level, *from),
         Problem::NodeMap { .. } => nodes::correct_map(filesystem, report),
         Problem::NodeUnreadable { btree, level, from, to, .. } => {

@@ -18,7 +18,9 @@ use coppicefs::device::{Image, SimDevice, SimOptions};
 use coppicefs::env::Env;
 use coppicefs::filesystem::{Filesystem, OpenOptions, WorkerSet};
 use coppicefs::format::namespace::{FileType, Inode, LoggedOperation};
+use coppicefs::format::space::FreeBucket;
 use coppicefs::format::{BtreeId, Position};
+use coppicefs::recovery::superblock;
 use coppicefs::transaction::{CommitOptions, Transaction};
 use coppicefs::vfs::{Attributes, Caller, Emitted, Lookup, ReadRequest, Vfs, WriteRequest};
 use coppicefs::{Error, Result};
@@ -439,6 +441,42 @@ fn a_wrong_note_of_a_deletion_costs_no_data() {
     assert!(outcome.losses.is_empty() && outcome.left.is_empty(), "{outcome:?}");
     let errors = walk(&device).unwrap();
     assert!(errors.is_empty(), "{errors:?}");
+    assert_eq!(subject.check(&device).unwrap(), Vec::<String>::new());
+}
+
+/// Keys that call the superblock, the journal and what lies behind the end of the device free: nothing is written there, nor given back to the host.
+#[test]
+fn what_is_no_bucket_is_never_handed_out() {
+    let _limit = Limit::new();
+    let subject = Coppice::default();
+    let image = made(&subject);
+    let superblock = superblock::read(&*device_of(image.clone())).unwrap().superblock;
+    let image = with_keys(&image, 0, |transaction| {
+        let count = superblock.members.first().map_or(0, |member| member.bucket_count);
+        for bucket in (0..count + 9).filter(|bucket| *bucket >= count || superblock.is_reserved(0, *bucket)) {
+            let free = FreeBucket { discarded: false };
+            transaction.put(BtreeId::FreeSpace, Position::new(0, bucket, 0), free.encode());
+        }
+        Ok(())
+    });
+    let device = device_of(image);
+    let mut mounted = subject.mount(&device, 1).unwrap();
+    for file in 0..40 {
+        let path = format!("/new{file}");
+        mounted.perform(&Operation::Create { path: path.clone(), mode: 0o644 }).unwrap();
+        mounted.perform(&Operation::Write { path, offset: 0, length: 70_000, tag: file }).unwrap();
+        mounted.perform(&Operation::Settle).unwrap();
+    }
+    mounted.perform(&Operation::Sync).unwrap();
+    mounted.unmount().unwrap();
+    let found = superblock::read(&*device).unwrap();
+    assert!(found.stale_copies.is_empty(), "{:?}", found.stale_copies);
+    let problems = subject.check(&device).unwrap();
+    let strays = problems.iter().filter(|problem| problem.starts_with("index-key-stray")).count();
+    assert!(strays > 9 && strays == problems.len(), "{problems:#?}");
+    let outcome = repair_all(&[Arc::clone(&device) as _], &options()).unwrap();
+    assert!(outcome.losses.is_empty() && outcome.left.is_empty(), "{outcome:?}");
+    assert_eq!(walk(&device).unwrap().len(), 0);
     assert_eq!(subject.check(&device).unwrap(), Vec::<String>::new());
 }
 

@@ -6,14 +6,16 @@ use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-use coppicefs::device::{BlockDevice, MemDevice};
+use coppicefs::device::{BlockDevice, MemDevice, ReadRequest, WriteRequest};
 use coppicefs::env::Env;
 use coppicefs::filesystem::format::test_geometry;
 use coppicefs::filesystem::{Filesystem, OpenOptions, WorkerSet};
 use coppicefs::format::namespace::{Dirent, DirentBucket};
 use coppicefs::format::{BtreeId, Position};
 use coppicefs::journal::{JournalConfig, holds_log_of};
+use coppicefs::recovery::{Salvage, SalvageOptions};
 use coppicefs::transaction::CommitOptions;
 use coppicefs::vfs::Caller;
 use coppicefs_tests::damage::Target;
@@ -160,6 +162,112 @@ fn a_checkpoint_whose_journal_is_gone_is_not_kept() {
     assert_eq!(filesystem.opening().newest.number, checkpoints[0].number);
     assert_eq!(filesystem.opening().previous.as_ref().map(|older| older.number), None);
     filesystem.close().unwrap();
+}
+
+/// A device that at some moment stops to write to the log: it acknowledges such writes all the same.
+#[derive(Debug)]
+struct Forgetful {
+    below: Arc<MemDevice>,
+    log: Vec<std::ops::Range<u64>>,
+    forgets: AtomicBool,
+}
+
+impl BlockDevice for Forgetful {
+    fn name(&self) -> &str {
+        "forgetful"
+    }
+    fn size_bytes(&self) -> u64 {
+        self.below.size_bytes()
+    }
+    fn block_bytes(&self) -> u32 {
+        self.below.block_bytes()
+    }
+    fn is_read_only(&self) -> bool {
+        false
+    }
+    fn read_batch(&self, requests: &mut [ReadRequest<'_>], landed: &mut dyn FnMut(usize, coppicefs::Result<()>)) {
+        self.below.read_batch(requests, landed);
+    }
+    fn write_batch(&self, requests: &[WriteRequest<'_>]) -> coppicefs::Result<()> {
+        let forgets = self.forgets.load(Ordering::SeqCst);
+        let is_lost =
+            |request: &&WriteRequest<'_>| forgets && self.log.iter().any(|range| range.contains(&request.offset));
+        let kept: Vec<_> = requests.iter().filter(|request| !is_lost(request)).cloned().collect();
+        self.below.write_batch(&kept)
+    }
+    fn flush(&self) -> coppicefs::Result<()> {
+        self.below.flush()
+    }
+    fn discard(&self, offset: u64, length: u64) -> coppicefs::Result<()> {
+        self.below.discard(offset, length)
+    }
+}
+
+/// Images of a checkpoint hold changes of records that the device has lost though it had acknowledged them. The end of the log was taken for its end, and the
+/// trees mixed what was before and behind it.
+#[test]
+fn a_log_that_ends_before_what_its_checkpoint_holds_is_damage() {
+    const CALLER: Caller = Caller { uid: 0, gid: 0, pid: 1, umask: 0o022 };
+    let _limit = Limit::new();
+    let memory = Arc::new(MemDevice::new(64 << 20));
+    let plain: Arc<dyn BlockDevice> = Arc::clone(&memory) as _;
+    Filesystem::format(&plain, &test_geometry(), &Env::real()).unwrap();
+    let superblock = coppicefs::recovery::superblock::read(&*plain).unwrap().superblock;
+    let bucket_bytes = u64::from(superblock.geometry.bucket_bytes);
+    let ring = |range: &coppicefs::format::superblock::BucketRange| {
+        range.first * bucket_bytes..(range.first + range.count) * bucket_bytes
+    };
+    let log = superblock.layout.journal.iter().map(ring).collect();
+    let device = Arc::new(Forgetful { below: Arc::clone(&memory), log, forgets: AtomicBool::new(false) });
+    let options = OpenOptions { workers: WorkerSet::Essential, cache_bytes: 16 << 20, ..OpenOptions::default() };
+    let filesystem = Filesystem::open(vec![Arc::clone(&device) as _], &options).unwrap();
+    let reader = coppicefs::btree::NodeReader::new(
+        Arc::new(superblock),
+        vec![Arc::clone(&plain)],
+        Arc::clone(filesystem.metrics()),
+    );
+    let (is_done, made) = (AtomicBool::new(false), AtomicU32::new(0));
+    let image = std::thread::scope(|scope| {
+        for thread in 0..2_u32 {
+            let (filesystem, is_done, made) = (&filesystem, &is_done, &made);
+            scope.spawn(move || {
+                for number in 0..u32::MAX {
+                    let name = format!("{thread}.{number}");
+                    let outcome = filesystem.vfs().mkdir(&CALLER, 1, std::ffi::OsStr::new(&name), 0o755);
+                    if outcome.is_err() || is_done.load(Ordering::SeqCst) {
+                        break;
+                    }
+                    made.fetch_add(1, Ordering::SeqCst);
+                }
+            });
+        }
+        // Images hold what is committed while the checkpoint is made.
+        let mut image = None;
+        for _ in 0..2000 {
+            let before = made.load(Ordering::SeqCst);
+            while made.load(Ordering::SeqCst) < before + 20 {
+                std::thread::yield_now();
+            }
+            device.forgets.store(true, Ordering::SeqCst);
+            filesystem.checkpoint().unwrap();
+            let newest = reader.checkpoints().remove(0);
+            if newest.newest_sequence >= newest.first_replay {
+                image = Some(memory.image());
+                break;
+            }
+        }
+        is_done.store(true, Ordering::SeqCst);
+        image.expect("no checkpoint was made beside a commit")
+    });
+    filesystem.close().unwrap();
+    let after: Arc<dyn BlockDevice> = Arc::new(MemDevice::from_image(image, false));
+    for read_only in [false, true] {
+        let options = OpenOptions { read_only, env: Some(Env::simulated(1)), ..options.clone() };
+        let refused = Filesystem::open(vec![Arc::clone(&after)], &options).map(|_| ()).unwrap_err().to_string();
+        assert!(refused.contains("journal record") && refused.contains("was durable"), "{refused}");
+    }
+    let salvage = Salvage::open(vec![after], SalvageOptions::default()).unwrap();
+    assert!(salvage.warnings().iter().any(|warning| warning.contains("the journal is damaged")));
 }
 
 fn json(output: &std::process::Output) -> serde_json::Value {
@@ -497,6 +605,243 @@ fn everything_readable_is_restored() {
             .filter(|(path, _)| !path.as_os_str().is_empty())
             .all(|(path, described)| restored.get(path) == Some(described))
     );
+}
+
+/// The state of an older checkpoint is copied as it was; what was used again since is listed and left as a hole.
+#[test]
+fn an_older_checkpoint_is_restored_as_it_was() {
+    let Some(site) = Site::formatted("64M", &[]) else { return };
+    site.mount("");
+    make_every_kind(&site.mnt());
+    let original = seen(&site.mnt());
+    site.unmount();
+    let older = Target::open(&site.image()).checkpoints()[0].number.to_string();
+    site.mount("");
+    fs::remove_file(site.mnt().join("inline")).unwrap();
+    fs::rename(site.mnt().join("folder 2"), site.mnt().join("renamed")).unwrap();
+    let rewritten = site.mnt().join("folder 3/deeper/file with a name that takes room, number 17");
+    fs::write(&rewritten, stamped(17, 2, 8)).unwrap();
+    fs::write(site.mnt().join("new"), b"new").unwrap();
+    site.sync();
+    site.crash();
+    let intact = fs::read(site.image()).unwrap();
+
+    let (code, report, to) = restore(&site, &["--checkpoint", &older]);
+    assert_eq!((code, report["checkpoint"].to_string()), (0, older.clone()), "{report}");
+    assert!(seen(&to) == original, "{report}");
+    let (code, report, to) = restore(&site, &[]);
+    assert!(
+        code == 0 && to.join("new").exists() && to.join("renamed").exists() && !to.join("inline").exists(),
+        "{report}"
+    );
+    assert!(fs::read(site.image()).unwrap() == intact, "the image was written to");
+    let refused =
+        finish(site.coppice(&["restore", "--checkpoint", "4711"]).arg(site.image()).arg(site.path("no"))).unwrap();
+    assert_refused(&refused, &["4711", "coppice checkpoints"]);
+
+    // Its space is used again: the file's own bytes, or a hole that is listed.
+    site.mount("");
+    fs::remove_file(&rewritten).unwrap();
+    for number in 0..400 {
+        if fs::write(site.mnt().join(format!("filler{number}")), stamped(number, 3, 60)).is_err() {
+            break;
+        }
+        site.sync();
+    }
+    site.crash();
+    let list = json(&finish(site.coppice(&["checkpoints", "--json"]).arg(site.image())).unwrap());
+    let kept = list["checkpoints"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .any(|one| one["number"].to_string() == older && one["opens_as_it_was"] == true);
+    if kept {
+        let (_, report, to) = restore(&site, &["--checkpoint", &older]);
+        for number in 0..60 {
+            let name = format!("folder 3/deeper/file with a name that takes room, number {number}");
+            let is_listed = report["damaged"].as_array().unwrap().iter().any(|one| one["path"] == format!("/{name}"));
+            let whole =
+                stamped(number, 1, number % 9).split_off((number as usize % 3) * 100 * usize::from(number % 9 > 0));
+            assert!(is_listed || fs::read(to.join(&name)).unwrap() == whole, "{name}: {report}");
+        }
+    }
+}
+
+/// Data without checksums, and a journal that is damaged: nothing tells whether space was used again behind the damage. Such data is left out, or, where
+/// that is asked for, given and listed.
+#[test]
+fn data_that_nothing_verifies_is_given_only_where_it_is_asked_for() {
+    for checksum in ["none", "crc32c"] {
+        let Some(site) = Site::formatted("64M", &["--checksum", checksum]) else { return };
+        site.mount("");
+        for number in 0..8 {
+            fs::write(site.mnt().join(format!("file{number}")), stamped(number, 1, 20)).unwrap();
+        }
+        fs::write(site.mnt().join("inline"), b"inline").unwrap();
+        site.unmount();
+        site.mount("");
+        for number in 0..2 {
+            fs::write(site.mnt().join(format!("late{number}")), b"x").unwrap();
+            site.sync();
+        }
+        site.crash();
+        {
+            let target = Target::open(&site.image());
+            let bucket_bytes = u64::from(target.superblock.geometry.bucket_bytes);
+            let newest = target.checkpoints().remove(0);
+            for ring in &target.superblock.layout.journal {
+                target.destroy(ring.first * bucket_bytes + newest.first_replay_offset, 4096);
+            }
+        }
+        let is_whole =
+            |to: &Path, number: u32| fs::read(to.join(format!("file{number}"))).unwrap() == stamped(number, 1, 20);
+        let (code, report, to) = restore(&site, &[]);
+        assert!(report["warnings"].to_string().contains("the journal is damaged"), "{report}");
+        let damaged = report["damaged"].as_array().unwrap().len();
+        assert_eq!((code, damaged), if checksum == "none" { (4, 8) } else { (0, 0) }, "{report}");
+        assert!(checksum != "none" || report["damaged"].to_string().contains("--unverified"), "{report}");
+        assert!((0..8).all(|number| is_whole(&to, number) == (checksum != "none")), "{report}");
+        assert_eq!(fs::read(to.join("inline")).unwrap(), b"inline");
+
+        let (code, report, to) = restore(&site, &["--unverified"]);
+        let unverified = report["unverified"].as_array().unwrap();
+        assert_eq!((code, unverified.len()), if checksum == "none" { (4, 8) } else { (0, 0) }, "{report}");
+        assert!(
+            report["damaged"].as_array().unwrap().is_empty() && (0..8).all(|number| is_whole(&to, number)),
+            "{report}"
+        );
+        for one in unverified {
+            assert_eq!((&one["start"], &one["end"]), (&0.into(), &(20 * 4096).into()), "{report}");
+        }
+        let said =
+            finish(site.coppice(&["restore", "--unverified"]).arg(site.image()).arg(site.path("again"))).unwrap();
+        let said = String::from_utf8_lossy(&said.stdout).into_owned();
+        assert_eq!(said.contains("may not be the file's"), checksum == "none", "{said}");
+    }
+}
+
+fn flags_of(path: &Path) -> u32 {
+    let file = fs::File::open(path).unwrap();
+    rustix::fs::ioctl_getflags(&file).map_or(0, |flags| flags.bits())
+}
+
+fn set_flags(path: &Path, flags: u32) -> rustix::io::Result<()> {
+    let file = fs::File::open(path).unwrap();
+    rustix::fs::ioctl_setflags(&file, rustix::fs::IFlags::from_bits_retain(flags))
+}
+
+/// Flags of chattr: all of them onto a filesystem that has them, and one sentence where it has not.
+#[test]
+fn flags_of_chattr_are_restored() {
+    const FLAGS: [(&str, u32); 7] = [
+        ("sync", 0x8),
+        ("immutable", 0x10),
+        ("append", 0x20),
+        ("no dump", 0x40),
+        ("several", 0x8 | 0x10 | 0x40 | 0x80),
+        ("folder", 0x10 | 0x80),
+        ("folder/inner", 0x20),
+    ];
+    let Some(site) = Site::formatted("64M", &[]) else { return };
+    let Some(onto) = Site::formatted("64M", &[]) else { return };
+    site.mount("");
+    fs::create_dir(site.mnt().join("folder")).unwrap();
+    for (name, _) in FLAGS.iter().filter(|(name, _)| *name != "folder") {
+        fs::write(site.mnt().join(name), name.as_bytes()).unwrap();
+    }
+    // A second name must be made before the file is immutable.
+    fs::hard_link(site.mnt().join("immutable"), site.mnt().join("second name")).unwrap();
+    for (name, flags) in FLAGS.iter().rev() {
+        set_flags(&site.mnt().join(name), *flags).unwrap();
+    }
+    let original = seen(&site.mnt());
+    site.unmount();
+
+    onto.mount("");
+    let to = onto.mnt().join("restored");
+    let output = finish(site.coppice(&["restore", "--json"]).arg(site.image()).arg(&to)).unwrap();
+    let report = json(&output);
+    assert_eq!((output.status.code(), report["notes"].as_array().unwrap().len()), (Some(0), 0), "{report}");
+    assert!(seen(&to) == original, "{report}");
+    for (name, flags) in FLAGS {
+        assert_eq!(flags_of(&to.join(name)), flags, "{name}");
+    }
+    assert!(fs::write(to.join("immutable"), b"x").is_err() && fs::write(to.join("folder/new"), b"x").is_err());
+    onto.unmount();
+
+    // A filesystem that has no such flags.
+    let bare = Path::new("/proc/self/fd");
+    assert!(set_flags(bare, 0x40).is_err());
+    let shm = PathBuf::from("/dev/shm").join(format!("coppice-restore-{}", std::process::id()));
+    if fs::create_dir(&shm).is_ok() {
+        let takes_sync = {
+            let probe = shm.join("probe");
+            fs::write(&probe, b"").unwrap();
+            set_flags(&probe, 0x8).is_ok()
+        };
+        site.mount("");
+        for (name, flags) in FLAGS.iter() {
+            set_flags(&site.mnt().join(name), flags & 0x8).unwrap();
+        }
+        site.unmount();
+        let output = finish(site.coppice(&["restore", "--json"]).arg(site.image()).arg(shm.join("to"))).unwrap();
+        let report = json(&output);
+        fs::remove_dir_all(&shm).unwrap();
+        let notes = report["notes"].as_array().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{report}");
+        assert_eq!(notes.len(), usize::from(!takes_sync), "{report}");
+        assert!(takes_sync || notes[0].as_str().unwrap().contains("2 in all (of S)"), "{report}");
+    }
+}
+
+/// The node-space map is lost in all copies and in all checkpoints: who only reads does without it, fsck makes it again.
+#[test]
+fn without_a_node_space_map_everything_is_read_and_fsck_makes_it_again() {
+    const ROUNDS: u32 = 3;
+    let Some(site) = populated(ROUNDS) else { return };
+    let older = {
+        let target = Target::open(&site.image());
+        let checkpoints = target.checkpoints();
+        checkpoints.iter().for_each(|checkpoint| target.destroy_map(checkpoint));
+        checkpoints[1].number
+    };
+    let damaged = fs::read(site.image()).unwrap();
+    let refused = finish(site.coppice(&["mount"]).arg(site.image()).arg(site.mnt())).unwrap();
+    assert_refused(
+        &refused,
+        &["node-space map", "`mount -o ro` does without", "`fsck.coppice -y` makes the map again"],
+    );
+
+    site.mount("ro");
+    assert_present_state(&site, ROUNDS);
+    assert!(fs::write(site.mnt().join("new"), b"x").is_err());
+    site.unmount();
+    site.mount(&format!("ro,checkpoint={older}"));
+    assert!(site.mnt().join("folder0/file0").exists());
+    site.unmount();
+    let (code, report, to) = restore(&site, &[]);
+    assert_eq!(code, 0, "{report}");
+    assert!(fs::read(to.join("folder2/file7")).unwrap() == content(1, 7), "{report}");
+    run(site.coppice(&["list"]).arg(site.image()));
+    let listed = run(site.coppice(&["checkpoints"]).arg(site.image()));
+    assert!(listed.contains("node-space map"), "{listed}");
+    assert!(fs::read(site.image()).unwrap() == damaged, "something was written");
+
+    let fsck = |mode| {
+        let output = finish(site.coppice(&["fsck", mode]).arg(site.image())).unwrap();
+        (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    let (code, said) = fsck("-n");
+    assert!(code == Some(4) && said.contains("node-map-lost"), "{said}");
+    assert!(fs::read(site.image()).unwrap() == damaged, "-n has written");
+    // Nothing is lost, so -p repairs it.
+    let (code, said) = fsck("-p");
+    assert!(code == Some(1) && said.contains("node-map-lost"), "{said}");
+    assert_eq!(fsck("-n").0, Some(0));
+    site.mount("");
+    assert_present_state(&site, ROUNDS);
+    fs::write(site.mnt().join("new"), b"x").unwrap();
+    site.unmount_and_check();
 }
 
 /// Names that lead elsewhere, a symbolic link where a directory is to be: all stays inside.

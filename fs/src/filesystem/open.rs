@@ -20,8 +20,8 @@ use crate::metrics::Metrics;
 use crate::options::{AccessTimes, CacheMode, CompressionChoice, MountOptions};
 use crate::pagecache::{Cache, CacheOptions, spawn_threads};
 use crate::recovery::{
-    InspectedCheckpoints, Salvage, choose_log, choose_older, inspect_checkpoints, present_reuse_check, replay,
-    replay_index, replay_with_triggers, superblock,
+    InspectedCheckpoints, Salvage, SalvageOptions, choose_log, choose_older, inspect_checkpoints, present_reuse_check,
+    replay, replay_index, replay_with_triggers, superblock,
 };
 use crate::scrub::{Scrub, ScrubConfig, ScrubRequests};
 use crate::snapshot::{Snapshots, stored_root, stored_subvolume};
@@ -350,12 +350,12 @@ impl Filesystem {
         inspect_checkpoints(Arc::new(open_device(path, true)?), progress)
     }
 
-    /// Opens what is left of an image that cannot be mounted, for reading; with a number, the state of that checkpoint.
+    /// Opens what is left of an image that cannot be mounted, for reading.
     ///
     /// # Errors
     /// As [`Salvage::open`], and those of opening the device.
-    pub fn open_salvage(path: &Path, checkpoint: Option<u64>) -> Result<Salvage> {
-        Salvage::open(vec![Arc::new(open_device(path, true)?)], checkpoint)
+    pub fn open_salvage(path: &Path, options: SalvageOptions) -> Result<Salvage> {
+        Salvage::open(vec![Arc::new(open_device(path, true)?)], options)
     }
 
     /// Opens a filesystem: recovers it, and starts its workers.
@@ -398,7 +398,7 @@ impl Filesystem {
         let config = journal_config(&superblock, &devices, options);
         let (opening, log) = match options.checkpoint {
             Some(number) => choose_older(&reader, &config, number)?,
-            None => choose_log(&reader, &config)?,
+            None => choose_log(&reader, &config, options.read_only)?,
         };
         if !options.read_only {
             // The last records before a power cut may be in one copy only, and will be counted on.
