@@ -1,6 +1,6 @@
 //! Damaged media, by seed: a small populated image with some sectors or some keys changed is opened, walked, read, repaired and checked.
 //! Errors are answers; a panic, a hang, or a check that writes is a failure. After `fsck -y` a second check finds nothing, or the first said that it
-//! takes a rebuild.
+//! takes a rebuild; then one is made, and its result is clean. Where sectors are damaged, whatever can be read afterwards is what was there.
 //!
 //! Where no node is lost, the repair is complete: keys alone never take a rebuild.
 //!
@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use coppicefs::device::{Image, SimDevice, SimOptions};
+use coppicefs::device::{BlockDevice, Image, SimDevice, SimOptions};
 use coppicefs::env::Env;
 use coppicefs::filesystem::{Filesystem, OpenOptions, WorkerSet};
 use coppicefs::format::namespace::{FileType, Inode, LoggedOperation};
@@ -24,6 +24,7 @@ use coppicefs::recovery::superblock;
 use coppicefs::transaction::{CommitOptions, Transaction};
 use coppicefs::vfs::{Attributes, Caller, Emitted, Lookup, ReadRequest, Vfs, WriteRequest};
 use coppicefs::{Error, Result};
+use coppicefs_fsck::rebuild::{RebuildOptions, Target, finish, rebuild};
 use coppicefs_fsck::session::repair_all;
 use coppicefs_tests::crash::{Subject, seed_or};
 use coppicefs_tests::filesystem_subject::Coppice;
@@ -94,24 +95,32 @@ fn options() -> OpenOptions {
     OpenOptions { cache_bytes: 8 << 20, env: Some(Env::simulated(1)), ..OpenOptions::default() }
 }
 
+/// What files show, by node: pieces of `READ_BYTES`, `None` for those that are errors.
+type Contents = BTreeMap<u64, Vec<Option<Vec<u8>>>>;
+
 /// Mounts, and asks for everything that there is: whatever fails, the rest is asked for, too.
 fn walk(device: &Arc<SimDevice>) -> Result<Vec<(PathBuf, Error)>> {
+    walk_and_read(device).map(|(errors, _)| errors)
+}
+
+fn walk_and_read(device: &Arc<SimDevice>) -> Result<(Vec<(PathBuf, Error)>, Contents)> {
     let env = Env::simulated(1);
     let options = OpenOptions { env: Some(Arc::clone(&env)), ..options() };
     let filesystem = Filesystem::open(vec![Arc::clone(device) as _], &options)?;
-    let mut walk = Walk { vfs: filesystem.vfs(), seen: BTreeSet::new(), errors: Vec::new() };
+    let mut walk = Walk { vfs: filesystem.vfs(), seen: BTreeSet::new(), errors: Vec::new(), contents: Contents::new() };
     walk.directory(&PathBuf::from("/"), ROOT);
-    let errors = walk.errors;
+    let Walk { errors, contents, .. } = walk;
     let closed = filesystem.close();
     // The workers hold the filesystem, and the scheduler holds them.
     env.unregister_all();
-    closed.map(|()| errors)
+    closed.map(|()| (errors, contents))
 }
 
 struct Walk<'a> {
     vfs: &'a Vfs,
     seen: BTreeSet<u64>,
     errors: Vec<(PathBuf, Error)>,
+    contents: Contents,
 }
 
 impl Walk<'_> {
@@ -163,11 +172,19 @@ impl Walk<'_> {
         let (vfs, node) = (self.vfs, attributes.node);
         let Some(opened) = self.note(path, vfs.open(&CALLER, node, 2)) else { return };
         // A size that is not so is not read to its end.
+        let mut content = Vec::new();
         for offset in (0..attributes.size_bytes.min(256 << 10)).step_by(READ_BYTES as usize) {
             let request =
                 ReadRequest { node, handle: opened.handle, offset, length_bytes: READ_BYTES, direct: offset > 65_536 };
-            self.note(path, vfs.read(&CALLER, &request).map(|_| ()));
+            let read = self.note(path, vfs.read(&CALLER, &request));
+            content.push(read.map(|pages| {
+                let mut bytes = Vec::new();
+                pages.slices().for_each(|slice| bytes.extend_from_slice(slice));
+                bytes
+            }));
         }
+        // By another name it was read before it was written to.
+        self.contents.entry(node).or_insert(content);
         let data = [7; 5000];
         let request = WriteRequest {
             node,
@@ -193,6 +210,9 @@ struct Outcomes {
     shown: AtomicU64,
     repaired: AtomicU64,
     rebuild: AtomicU64,
+    rebuilt: AtomicU64,
+    /// What the intact image shows, where the damage is such that nothing else may be shown.
+    original: Option<Contents>,
     /// There is one image, of which more is said.
     is_one: bool,
     /// Why a rebuild is what they take, in words without numbers, and the first seed of each.
@@ -214,6 +234,50 @@ impl Outcomes {
     }
 }
 
+/// What can be read is what was there; the size of a file whose inode is gone is known to a block.
+fn assert_content(seed: u64, what: &str, original: &Contents, found: &Contents) {
+    for (node, found) in found {
+        let Some(original) = original.get(node) else { continue };
+        for (number, (found, original)) in found.iter().zip(original).enumerate() {
+            if let (Some(found), Some(original)) = (found, original) {
+                let differs = found.iter().zip(original).position(|(found, original)| found != original);
+                assert_eq!(differs, None, "seed {seed}, {what}: piece {number} of inode {node} has other bytes");
+                let is_padded = found.get(original.len()..).is_some_and(|more| more.iter().all(|&byte| byte == 0));
+                assert!(is_padded, "seed {seed}, {what}: piece {number} of inode {node} has other bytes");
+            }
+        }
+    }
+}
+
+/// What takes a rebuild gets one: the result is clean and can be used, and where nothing is said to be lost, it shows what was there.
+fn rebuild_one(subject: &Coppice, image: Image, seed: u64, outcomes: &Outcomes) {
+    let device = device_of(image);
+    let target: Arc<dyn BlockDevice> = Arc::clone(&device) as _;
+    let options = RebuildOptions { filesystem: None, env: Env::simulated(1) };
+    let report = match rebuild(&target, Target::InPlace, &options, &|_, _| (), &mut |_| true) {
+        Ok(report) => report,
+        Err(Error::Unusable(reason)) => {
+            println!("seed {seed}: not rebuilt: {reason}");
+            return;
+        }
+        Err(error) => panic!("seed {seed}: --rebuild: {error}"),
+    };
+    let finished = finish(target, Some(Env::simulated(1)), &mut |_| Ok(()));
+    let finished = finished.unwrap_or_else(|error| panic!("seed {seed}: after --rebuild: {error}"));
+    assert!(finished.report.is_clean(), "seed {seed}: after --rebuild: {:?}", finished.report.problems);
+    assert_eq!(subject.check(&device).unwrap(), [""; 0], "seed {seed}: after --rebuild");
+    let (errors, contents) =
+        walk_and_read(&device).unwrap_or_else(|error| panic!("seed {seed}: rebuilt, but does not mount: {error}"));
+    let errors: Vec<_> = errors.iter().filter(|(_, error)| !error.is_media_error()).collect();
+    assert!(errors.is_empty(), "seed {seed}: rebuilt, but then {errors:?}");
+    outcomes.rebuilt.fetch_add(1, Ordering::Relaxed);
+    if !report.is_something_lost()
+        && let Some(original) = &outcomes.original
+    {
+        assert_content(seed, "rebuilt", original, &contents);
+    }
+}
+
 /// One image: errors are fine, whatever they say.
 fn try_one(subject: &Coppice, image: Image, seed: u64, outcomes: &Outcomes) {
     let _limit = Limit::new();
@@ -225,7 +289,7 @@ fn try_one(subject: &Coppice, image: Image, seed: u64, outcomes: &Outcomes) {
     outcomes.opened.fetch_add(u64::from(checked.is_ok()), Ordering::Relaxed);
     let shown = walk(&device_of(image.clone()));
     outcomes.shown.fetch_add(u64::from(shown.is_ok_and(|errors| errors.is_empty())), Ordering::Relaxed);
-    let device = device_of(image);
+    let device = device_of(image.clone());
     match repair_all(&[Arc::clone(&device) as _], &options()) {
         Ok(outcome) if !outcome.needs_rebuild() => {
             if outcomes.is_one {
@@ -242,19 +306,25 @@ fn try_one(subject: &Coppice, image: Image, seed: u64, outcomes: &Outcomes) {
             let left =
                 outcome.left.iter().filter(|problem| !problem.is_repairable()).map(|problem| problem.id().into());
             let reasons: BTreeSet<String> = failed.chain(left).collect();
-            return outcomes.takes_rebuild(seed, &reasons.into_iter().collect::<Vec<_>>().join("; "));
+            outcomes.takes_rebuild(seed, &reasons.into_iter().collect::<Vec<_>>().join("; "));
+            return rebuild_one(subject, image, seed, outcomes);
         }
         Err(error) => {
             let is_damage = error.is_media_error() || matches!(error, Error::Unusable(_));
             assert!(is_damage && checked.is_err(), "seed {seed}: fsck -y: {error}");
-            return outcomes.takes_rebuild(seed, &error.to_string());
+            outcomes.takes_rebuild(seed, &error.to_string());
+            return rebuild_one(subject, image, seed, outcomes);
         }
     }
     outcomes.repaired.fetch_add(1, Ordering::Relaxed);
     let problems = subject.check(&device).unwrap_or_else(|error| panic!("seed {seed}: after a repair: {error}"));
     assert!(problems.is_empty(), "seed {seed}: repaired, but then the check finds {problems:?}");
     // The data of files is not what fsck looks at: a bad block stays one.
-    let errors = walk(&device).unwrap_or_else(|error| panic!("seed {seed}: repaired, but does not mount: {error}"));
+    let (errors, contents) =
+        walk_and_read(&device).unwrap_or_else(|error| panic!("seed {seed}: repaired, but does not mount: {error}"));
+    if let Some(original) = &outcomes.original {
+        assert_content(seed, "repaired", original, &contents);
+    }
     let errors: Vec<_> = errors.iter().filter(|(_, error)| !error.is_media_error()).collect();
     assert!(errors.is_empty(), "seed {seed}: repaired, but then {errors:?}");
     let problems = subject.check(&device).unwrap_or_else(|error| panic!("seed {seed}: after use: {error}"));
@@ -262,11 +332,16 @@ fn try_one(subject: &Coppice, image: Image, seed: u64, outcomes: &Outcomes) {
 }
 
 /// Tries images on as many threads as there are processors, and says what became of them.
-fn try_all(what: &str, images: u64, damage: impl Fn(u64, &mut Random) -> Image + Sync) -> Outcomes {
+fn try_all(
+    what: &str,
+    images: u64,
+    original: Option<Contents>,
+    damage: impl Fn(u64, &mut Random) -> Image + Sync,
+) -> Outcomes {
     let subject = Coppice::default();
     let (first, images) = (seed_or(1), count("COPPICE_FUZZ_IMAGES", images));
     let next = AtomicU64::new(0);
-    let outcomes = Outcomes { is_one: images == 1, ..Outcomes::default() };
+    let outcomes = Outcomes { is_one: images == 1, original, ..Outcomes::default() };
     let start = Instant::now();
     std::thread::scope(|scope| {
         for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
@@ -288,12 +363,13 @@ fn try_all(what: &str, images: u64, damage: impl Fn(u64, &mut Random) -> Image +
         }
     });
     println!(
-        "{what}: {images} images in {:.1} s: {} could be checked, {} showed everything, {} were repaired, {} take a rebuild",
+        "{what}: {images} images in {:.1} s: {} could be checked, {} showed everything, {} were repaired, {} take a rebuild, of which {} were rebuilt",
         start.elapsed().as_secs_f64(),
         outcomes.opened.load(Ordering::Relaxed),
         outcomes.shown.load(Ordering::Relaxed),
         outcomes.repaired.load(Ordering::Relaxed),
         outcomes.rebuild.load(Ordering::Relaxed),
+        outcomes.rebuilt.load(Ordering::Relaxed),
     );
     for (reason, (count, seed)) in outcomes.reasons.lock().unwrap().iter() {
         println!("    {count} (the first is seed {seed}): {reason}");
@@ -332,7 +408,9 @@ fn sectors() {
         })
         .collect();
     assert!(used.len() > 1000, "{} sectors are in use", used.len());
-    let outcomes = try_all("sectors", IMAGES, |_, random| damage_sectors(&image, &used, random));
+    let (errors, original) = walk_and_read(&device_of(image.clone())).unwrap();
+    assert!(errors.is_empty() && original.len() > 40, "{errors:?}");
+    let outcomes = try_all("sectors", IMAGES, Some(original), |_, random| damage_sectors(&image, &used, random));
     assert!(outcomes.opened.load(Ordering::Relaxed) > 0 && outcomes.repaired.load(Ordering::Relaxed) > 0);
 }
 
@@ -399,7 +477,7 @@ fn assert_all_repaired(outcomes: &Outcomes) {
 #[test]
 fn keys() {
     let image = made(&Coppice::default());
-    let outcomes = try_all("keys", IMAGES, |seed, random| {
+    let outcomes = try_all("keys", IMAGES, None, |seed, random| {
         // The body may run again: with the same choices.
         let state = random.0.clone();
         with_keys(&image, seed, |transaction| damage_keys(transaction, &mut Random(state.clone())))
@@ -538,7 +616,7 @@ fn every_key_of_every_tree() {
         filesystem.close().unwrap();
     }
     println!("{} keys", keys.len());
-    let outcomes = try_all("every key", keys.len() as u64 * WAYS, |seed, _| {
+    let outcomes = try_all("every key", keys.len() as u64 * WAYS, None, |seed, _| {
         let (btree, position, value) = &keys[usize::try_from((seed - 1) / WAYS).unwrap() % keys.len()];
         let way = (seed - 1) % WAYS;
         let damaged = with_keys(&image, seed, |transaction| {
