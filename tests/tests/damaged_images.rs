@@ -31,6 +31,7 @@ use coppicefs_tests::filesystem_subject::Coppice;
 use coppicefs_tests::limit::Limit;
 use coppicefs_tests::mount::count;
 use coppicefs_tests::operation::Operation;
+use coppicefs_tests::regions::{Region, regions};
 use rand_xoshiro::Xoshiro256PlusPlus;
 use rand_xoshiro::rand_core::{Rng, SeedableRng};
 
@@ -412,6 +413,43 @@ fn sectors() {
     assert!(errors.is_empty() && original.len() > 40, "{errors:?}");
     let outcomes = try_all("sectors", IMAGES, Some(original), |_, random| damage_sectors(&image, &used, random));
     assert!(outcomes.opened.load(Ordering::Relaxed) > 0 && outcomes.repaired.load(Ordering::Relaxed) > 0);
+}
+
+/// Damages one to 64 structures, each in all of its copies: what two copies do not help against. Every kind of structure is as likely as any other.
+fn damage_structures(image: &Image, regions: &BTreeMap<&str, Vec<Region>>, random: &mut Random) -> Image {
+    let mut image = image.clone();
+    for _ in 0..1 << random.below(7) {
+        let of_kind = regions.values().nth(random.below(regions.len() as u64) as usize).unwrap();
+        let region = &of_kind[random.below(of_kind.len() as u64) as usize];
+        let length = region.copies.iter().map(|copy| copy.end - copy.start).min().unwrap_or(0);
+        let sector = random.below(length.div_ceil(SECTOR_BYTES)) * SECTOR_BYTES;
+        let (kind, bit) = (random.below(2), random.below(8 * length.saturating_sub(sector).clamp(1, SECTOR_BYTES)));
+        for copy in &region.copies {
+            let offset = copy.start + sector;
+            let mut bytes = [0; SECTOR_BYTES as usize];
+            image.read(offset, &mut bytes);
+            match kind {
+                0 => bytes.fill(0),
+                _ => bytes[(bit / 8) as usize] ^= 1 << (bit % 8),
+            }
+            image.write(offset, &bytes);
+        }
+    }
+    image
+}
+
+#[test]
+fn structures() {
+    let image = made(&Coppice::default());
+    let mut regions_of: BTreeMap<&str, Vec<Region>> = BTreeMap::new();
+    for region in regions(&device_of(image.clone())).unwrap() {
+        regions_of.entry(region.name).or_default().push(region);
+    }
+    assert!(regions_of.len() > 10, "{:?}", regions_of.keys());
+    let (_, original) = walk_and_read(&device_of(image.clone())).unwrap();
+    let outcomes =
+        try_all("structures", IMAGES / 2, Some(original), |_, random| damage_structures(&image, &regions_of, random));
+    assert!(outcomes.repaired.load(Ordering::Relaxed) > 0 && outcomes.rebuilt.load(Ordering::Relaxed) > 0);
 }
 
 /// Changes up to eight keys, under checksums that are right: what a hostile image, or a fault of ours, would hold.
