@@ -5,6 +5,7 @@
 //! Where no node is lost, the repair is complete: keys alone never take a rebuild.
 //!
 //! `COPPICE_FUZZ_IMAGES` (160) is how many images of each kind, `COPPICE_SEED` the first one's seed; of a single one what was found is printed.
+//! `COPPICE_FUZZ_FOLDERS` (4): how large the image is; with 16 the trees have interior nodes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
@@ -62,7 +63,7 @@ fn made(subject: &Coppice) -> Image {
     subject.format(&device).unwrap();
     let mut mounted = subject.mount(&device, 1).unwrap();
     let mut perform = |operation: Operation| mounted.perform(&operation).unwrap();
-    for folder in 0..4 {
+    for folder in 0..count("COPPICE_FUZZ_FOLDERS", 4) {
         let path = format!("/d{folder}");
         perform(Operation::MakeDirectory { path: path.clone(), mode: 0o755 });
         for file in 0..12_u32 {
