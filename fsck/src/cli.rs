@@ -19,9 +19,10 @@ use crate::passes::{CheckOptions, Progress};
 use crate::problem::{Problem, Severity};
 use crate::rebuild::command::RebuildArguments;
 use crate::repair::Loss;
+use crate::repair::map::lost_map;
 use crate::report::{Report, Summary};
 use crate::session::{Outcome, Session};
-use crate::{damaged, passes, rebuild, session};
+use crate::{damaged, passes, rebuild, session, small_trees};
 
 /// Nothing is wrong.
 pub const EXIT_CLEAN: u8 = 0;
@@ -173,6 +174,10 @@ fn run_checked(arguments: &Arguments, target: &str) -> Result<u8> {
     let mode = Mode::of(arguments);
     let options = FileOptions { read_only: mode == Mode::NoChanges, ..FileOptions::default() };
     let device: Arc<dyn BlockDevice> = Arc::new(Filesystem::open_device_waiting(&arguments.target, &options)?);
+    let (device, before) = match with_map(arguments, target, mode, device)? {
+        Ok(prepared) => prepared,
+        Err(code) => return Ok(code),
+    };
     // Looked at first with nothing written: what is found to be in use is known before anything is.
     let filesystem = match open(arguments, &device, true, KnownInUse::default()) {
         Ok(filesystem) => filesystem,
@@ -196,19 +201,54 @@ fn run_checked(arguments: &Arguments, target: &str) -> Result<u8> {
         if mode != Mode::NoChanges && !was_closed {
             open(arguments, &device, false, KnownInUse::default())?.close()?;
         }
-        print_report(arguments, target, mode, &Outcome { report, ..Outcome::default() }, &[], EXIT_CLEAN);
-        return Ok(EXIT_CLEAN);
+        let mut outcome = Outcome { report, ..Outcome::default() };
+        outcome.repaired_before(before);
+        let code = if outcome.problems.is_empty() { EXIT_CLEAN } else { exit_code(mode, &outcome) };
+        print_report(arguments, target, mode, &outcome, &[], code);
+        return Ok(code);
     }
     let device = if mode == Mode::NoChanges { Arc::new(Overlay::new(device)) as _ } else { device };
     let filesystem = open(arguments, &device, false, report.known_in_use.clone())?;
     let outcome = rounds(arguments, target, mode, &filesystem, report);
     let lost = outcome.as_ref().map_or(Ok(Vec::new()), |outcome| lost(&filesystem, outcome));
     let closed = filesystem.close();
-    let outcome = outcome?;
+    let mut outcome = outcome?;
     closed?;
+    outcome.repaired_before(before);
     let code = exit_code(mode, &outcome);
     print_report(arguments, target, mode, &outcome, &lost?, code);
     Ok(code)
+}
+
+/// A device, and what was repaired on it before it could be opened.
+type Prepared = (Arc<dyn BlockDevice>, Vec<Problem>);
+
+/// The device with a node-space map, made again if it is lost: with `-n` in memory. An exit code if nothing more can be done.
+fn with_map(
+    arguments: &Arguments,
+    target: &str,
+    mode: Mode,
+    device: Arc<dyn BlockDevice>,
+) -> Result<std::result::Result<Prepared, u8>> {
+    let lost = lost_map(std::slice::from_ref(&device))?;
+    // Reading takes no map.
+    let Some(lost) = lost.filter(|_| !arguments.list_damaged) else { return Ok(Ok((device, Vec::new()))) };
+    let problem = lost.problem();
+    if !arguments.json {
+        say!("{target}: {}: {}", problem.id(), problem.describe());
+    }
+    if mode.choose(std::slice::from_ref(&problem), &mut Vec::new()).is_empty() {
+        let outcome = Outcome { problems: vec![problem.clone()], left: vec![problem], ..Outcome::default() };
+        let code = exit_code(mode, &outcome);
+        print_report(arguments, target, mode, &outcome, &[], code);
+        return Ok(Err(code));
+    }
+    let device = if mode == Mode::NoChanges { Arc::new(Overlay::new(device)) as _ } else { device };
+    match lost.repair(std::slice::from_ref(&device)) {
+        Ok(()) => Ok(Ok((device, vec![problem]))),
+        Err(error) if error.is_media_error() => Ok(Err(unopenable(arguments, target, &device, &error))),
+        Err(error) => Err(error),
+    }
 }
 
 fn exit_code(mode: Mode, outcome: &Outcome) -> u8 {
@@ -235,6 +275,7 @@ fn open(
         known_in_use,
         // A quarter of it is for nodes.
         cache_bytes: passes::node_cache_bytes(arguments.memory).saturating_mul(4),
+        for_repair: true,
         ..OpenOptions::default()
     };
     Filesystem::open(vec![Arc::clone(device)], &options)
@@ -338,7 +379,7 @@ fn check_with_progress(arguments: &Arguments, filesystem: &Filesystem) -> Result
     let template = "{bar:30} {percent}% {msg} [{elapsed}, {eta} left]";
     let bar = bar(arguments, 0, template);
     let options = CheckOptions { memory_bytes: arguments.memory };
-    let report = passes::check_with(filesystem, &options, &|at: Progress| {
+    let report = small_trees::check_with(filesystem, &options, &|at: Progress| {
         bar.set_length(at.total);
         bar.set_position(at.done);
         bar.set_message(at.name);

@@ -27,6 +27,8 @@ pub enum Problem {
     NodeCopy { btree: BtreeId, from: Position, level: u8, node: u64, device: u8, offset: u64, reason: String },
     NodeUnreadable { btree: BtreeId, level: u8, from: Position, to: Position, reason: String },
     NodeMap { device: u8, bucket: u64, recorded: u64, reachable: u64 },
+    NodeMapLost { number: u64, reason: String },
+    SubvolumeMissing { btree: BtreeId, position: Position },
     KeyUndecodable { btree: BtreeId, position: Position, reason: String },
     ExtentMisplaced { position: Position, reason: String },
     ExtentOverlap { position: Position, previous_end: u64 },
@@ -101,6 +103,8 @@ problem_table! {
     NodeCopy, "node-copy", Minor, Nodes;
     NodeUnreadable, "node-unreadable", Damage, Nodes;
     NodeMap, "node-map", Minor, Nodes;
+    NodeMapLost, "node-map-lost", Minor, Nodes;
+    SubvolumeMissing, "subvolume-missing", Minor, Keys;
     KeyUndecodable, "key-undecodable", Damage, Keys;
     ExtentMisplaced, "extent-misplaced", Damage, Keys;
     ExtentOverlap, "extent-overlap", Damage, Keys;
@@ -146,7 +150,7 @@ impl Problem {
     /// How bad it is.
     #[must_use]
     pub fn severity(&self) -> Severity {
-        if self.is_of_space() { Severity::Minor } else { self.entry().1 }
+        if self.is_of_space() || self.is_of_subvolumes() { Severity::Minor } else { self.entry().1 }
     }
 
     /// When it can be repaired.
@@ -162,6 +166,11 @@ impl Problem {
             Self::FreeSpaceValue { .. } | Self::IndexKeyStray { .. } => true,
             _ => false,
         }
+    }
+
+    /// A key of the one subvolume and snapshot that there are, whose content is known.
+    fn is_of_subvolumes(&self) -> bool {
+        matches!(self, Self::KeyUndecodable { btree: BtreeId::Subvolumes | BtreeId::Snapshots, .. })
     }
 
     /// Whether [`crate::repair`] can repair it. What cannot be repaired takes `--rebuild`, which scans the whole device.
@@ -204,6 +213,14 @@ impl Problem {
             Self::NodeMap { device, bucket, recorded, reachable } => format!(
                 "the node-space map has slots {recorded:#x} of bucket {bucket} (device {device}) in use, the trees use {reachable:#x}"
             ),
+            Self::NodeMapLost { number, reason } => {
+                format!(
+                    "the node-space map of checkpoint {number} is lost ({reason}): it can be made again, nothing else is"
+                )
+            }
+            Self::SubvolumeMissing { btree, position } => {
+                format!("the {} tree does not have its one key, {position}", btree.name())
+            }
             Self::KeyUndecodable { btree, position, reason } => {
                 format!("the key {position} of {} means nothing: {reason}", btree.name())
             }
@@ -280,7 +297,7 @@ impl Problem {
                 format!("bucket {bucket} of device {device} means nothing in the free-space tree: {reason}")
             }
             Self::IndexKeyStray { btree, position } => {
-                format!("the key {position} of {} belongs to no bucket that there is", btree.name())
+                format!("the key {position} of {} belongs to no bucket or device that there is", btree.name())
             }
             Self::NeedDiscardKey { device, bucket, present, state } => format!(
                 "bucket {bucket} of device {device} is {state:?}, but {} the need-discard tree",

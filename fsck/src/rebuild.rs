@@ -131,6 +131,7 @@ pub fn rebuild(
     let record = survey.record.as_ref().filter(|_| survey.is_record_current(&log)).map(|record| (&reader, record));
     let mut trees = Trees::new(&**device, &survey.nodes, record)?;
     let applied = trees.apply_log(&log);
+    trees.find_suspects(survey.record.as_ref());
     if trees.is_unknown(BtreeId::Inodes) {
         return Err(Error::Unusable(format!("no inode is left of filesystem {}", survey.filesystem)));
     }

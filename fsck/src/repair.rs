@@ -14,6 +14,7 @@
 mod counts;
 mod extents;
 mod keys;
+pub mod map;
 mod names;
 mod nodes;
 
@@ -76,8 +77,8 @@ pub fn repair(filesystem: &Filesystem, report: &Report, chosen: &[Problem]) -> R
 fn repair_one(filesystem: &Filesystem, report: &Report, problem: &Problem, losses: &mut Vec<Loss>) -> Result<()> {
     match problem {
         Problem::SuperblockCopy { .. } => nodes::repair_superblock(filesystem),
-        // The checkpoint that ends the round is written over it.
-        Problem::CheckpointDamaged { .. } => Ok(()),
+        // The checkpoint that ends the round is written over it; a map is made again before anything is opened.
+        Problem::CheckpointDamaged { .. } | Problem::NodeMapLost { .. } => Ok(()),
         Problem::NodeCopy { btree, from, level, .. } => filesystem.forest().rewrite_node(*btree, *level, *from),
         Problem::NodeMap { .. } => nodes::correct_map(filesystem, report),
         Problem::NodeUnreadable { btree, level, from, to, .. } => {
@@ -106,7 +107,9 @@ struct KeyRepair<'r, 't> {
 impl KeyRepair<'_, '_> {
     fn key(&mut self, problem: &Problem) -> Result<()> {
         match problem {
-            Problem::KeyUndecodable { btree, position, .. } => self.undecodable(*btree, *position),
+            Problem::SubvolumeMissing { btree, position } | Problem::KeyUndecodable { btree, position, .. } => {
+                self.undecodable(*btree, *position)
+            }
             Problem::ExtentMisplaced { position, .. } => self.misplaced_extent(*position),
             Problem::ExtentOverlap { position, .. } => self.overlapping_extent(*position),
             Problem::ExtentPointer { position, .. } => self.wrong_pointer(*position),
@@ -184,11 +187,13 @@ fn device_position(device: u8, bucket: u64) -> Position {
     Position::new(u64::from(device), bucket, 0)
 }
 
-fn orphan_position(inode: u64) -> Position {
+/// Where an inode is noted for deletion.
+pub(crate) fn orphan_position(inode: u64) -> Position {
     Position::new(0, inode, SnapshotId::ROOT.0)
 }
 
-fn inode_position(inode: u64) -> Position {
+/// Where an inode's key stands.
+pub(crate) fn inode_position(inode: u64) -> Position {
     Position::new(inode, 0, SnapshotId::ROOT.0)
 }
 

@@ -13,6 +13,7 @@ use coppicefs::device::BlockDevice;
 use coppicefs::filesystem::{Filesystem, OpenOptions, WorkerSet};
 
 use crate::problem::{Problem, Severity, Stage};
+use crate::repair::map::LostMap;
 use crate::repair::{self, Loss};
 use crate::report::Report;
 
@@ -37,6 +38,12 @@ pub struct Outcome {
 }
 
 impl Outcome {
+    /// Adds what was repaired before the filesystem could be opened.
+    pub(crate) fn repaired_before(&mut self, problems: Vec<Problem>) {
+        self.repaired += problems.len();
+        self.problems.splice(0..0, problems);
+    }
+
     /// Whether something is left that only a scan of the whole device can repair.
     #[must_use]
     pub fn needs_rebuild(&self) -> bool {
@@ -135,8 +142,12 @@ fn turn(
 /// # Errors
 /// As [`run`], and those of opening.
 pub fn repair_all(devices: &[Arc<dyn BlockDevice>], options: &OpenOptions) -> Result<Outcome> {
-    let check = |filesystem: &Filesystem| crate::passes::check(filesystem, &|_, _, _, _| {});
-    let options = OpenOptions { workers: WorkerSet::Essential, ..options.clone() };
+    let check = |filesystem: &Filesystem| crate::small_trees::check(filesystem, &|_, _, _, _| {});
+    let lost_map = repair::map::lost_map(devices)?;
+    if let Some(map) = &lost_map {
+        map.repair(devices)?;
+    }
+    let options = OpenOptions { workers: WorkerSet::Essential, for_repair: true, ..options.clone() };
     let filesystem = Filesystem::open(devices.to_vec(), &OpenOptions { read_only: true, ..options.clone() })?;
     let report = check(&filesystem);
     filesystem.close()?;
@@ -148,7 +159,8 @@ pub fn repair_all(devices: &[Arc<dyn BlockDevice>], options: &OpenOptions) -> Re
         Session { check: &mut || check(&filesystem), choose: &mut |problems| problems.to_vec(), found: &mut |_| {} };
     let outcome = run(&filesystem, Some(report), &mut session);
     let closed = filesystem.close();
-    let outcome = outcome?;
+    let mut outcome = outcome?;
     closed?;
+    outcome.repaired_before(lost_map.iter().map(LostMap::problem).collect());
     Ok(outcome)
 }

@@ -186,8 +186,8 @@ fn cases_1() {
 
 #[test]
 fn every_problem_has_a_case() {
-    let leaves = ["node-unreadable"];
-    let covered: BTreeSet<_> = CASES.iter().map(|case| case.id).chain(leaves).collect();
+    let others = ["node-unreadable", "node-map-lost"];
+    let covered: BTreeSet<_> = CASES.iter().map(|case| case.id).chain(others).collect();
     let all: BTreeSet<_> = IDS.iter().copied().collect();
     assert_eq!(covered, all);
 }
@@ -224,6 +224,36 @@ fn lost_leaves() {
         if matches!(btree, BtreeId::Backpointers | BtreeId::Xattrs) {
             assert_eq!(whole, ground.shown.len(), "{tree}: {said}");
         }
+    }
+}
+
+/// The node-space map is lost in every copy, and in the checkpoint before, too: nothing else is, so it is made again, as it was.
+#[test]
+fn a_lost_map_is_made_again() {
+    let ground = &*GROUND;
+    let mut damaged = ground.image.clone();
+    let before = damage::lose_maps(&mut damaged);
+    let (image, said) = repaired("a lost map", &damaged);
+    let problems = said.0["problems"].as_array().unwrap();
+    assert!(problems.len() == 1 && problems[0]["id"] == "node-map-lost", "{said}");
+    assert_eq!(said.0["repaired"], 1, "{said}");
+    assert!(shown(&image) == ground.shown && keys(&image) == ground.keys, "what is not damaged has changed: {said}");
+    // The slots that are used are all that counts: where the buckets stand in the pages does not.
+    let after = damage::lose_maps(&mut image.clone());
+    assert!(!before.is_empty() && before.keys().all(|bucket| after.contains_key(bucket)), "{before:?} {after:?}");
+    // With an interior node lost, too, only a scan helps.
+    let mut damaged = with_three_levels(ground);
+    let interior = ground::nodes_of(&damaged, BtreeId::Extents, 1);
+    interior[0].2.iter().for_each(|copy| damaged.write(*copy, &[0; 4096]));
+    damage::lose_maps(&mut damaged);
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("image");
+    damaged.to_file(&file).unwrap();
+    for mode in ["-n", "-y"] {
+        let (code, said) = fsck(&file, mode);
+        assert_eq!(code, 8, "{mode}: {said}");
+        let now = Image::from_file(&file).unwrap().content_hash();
+        assert_eq!(now, damaged.content_hash(), "{mode} has written");
     }
 }
 
@@ -266,10 +296,8 @@ fn little_memory_is_refused() {
     assert!(output.status.code() == Some(16) && said.contains("at least 16 MiB"), "{said}");
 }
 
-/// Below a lost interior node all leaves are whole, and a scan finds them: nothing is repaired, least of all what would be counted without them.
-#[test]
-fn a_lost_interior_node_takes_a_rebuild() {
-    let ground = &*GROUND;
+/// An extents tree of three levels.
+fn with_three_levels(ground: &Ground) -> Image {
     let inode = ground.inode("/folder 0 0/file 20");
     let device = device_of(&ground.image);
     let filesystem = open(&device, false).unwrap();
@@ -287,7 +315,14 @@ fn a_lost_interior_node_takes_a_rebuild() {
         commit.unwrap();
     }
     filesystem.close().unwrap();
-    let mut damaged = device.image();
+    device.image()
+}
+
+/// Below a lost interior node all leaves are whole, and a scan finds them: nothing is repaired, least of all what would be counted without them.
+#[test]
+fn a_lost_interior_node_takes_a_rebuild() {
+    let intact = with_three_levels(&GROUND);
+    let mut damaged = intact.clone();
     let interior = ground::nodes_of(&damaged, BtreeId::Extents, 1);
     let (.., copies) = interior.first().expect("three levels");
     copies.iter().for_each(|copy| damaged.write(*copy, &[0; 4096]));
@@ -302,9 +337,9 @@ fn a_lost_interior_node_takes_a_rebuild() {
     assert!(String::from_utf8(output.stdout).unwrap().contains("--rebuild"), "{said}");
     // All leaves are where they were.
     let after = Image::from_file(&file).unwrap();
-    for (.., copies) in ground::nodes_of(&device.image(), BtreeId::Extents, 0) {
+    for (.., copies) in ground::nodes_of(&intact, BtreeId::Extents, 0) {
         let [mut before, mut now] = [vec![0; 16 << 10], vec![0; 16 << 10]];
-        device.image().read(copies[0], &mut before);
+        intact.read(copies[0], &mut before);
         after.read(copies[0], &mut now);
         assert!(before == now, "the leaf at byte {} has changed", copies[0]);
     }

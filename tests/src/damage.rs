@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use coppicefs::btree::{NodeReader, PublishedNode, walk_published};
 use coppicefs::device::{BlockDevice, FileDevice, FileOptions};
-use coppicefs::format::checkpoint::{Checkpoint, RECORD_SLOT_BYTES, RECORD_SLOTS};
+use coppicefs::format::checkpoint::{Checkpoint, MAP_PAGE_BYTES, RECORD_SLOT_BYTES, RECORD_SLOTS};
 use coppicefs::format::extent::ExtentValue;
 use coppicefs::format::node::{NodeAddress, NodePointer};
 use coppicefs::format::superblock::Superblock;
@@ -61,6 +61,16 @@ impl Target {
     pub fn destroy_record(&self, number: u64) {
         for area in self.areas() {
             self.destroy(area + number % RECORD_SLOTS * RECORD_SLOT_BYTES as u64, 4096);
+        }
+    }
+
+    /// The pages of a checkpoint's node-space map, in all copies. Checkpoints share pages.
+    pub fn destroy_map(&self, checkpoint: &Checkpoint) {
+        for (area, page) in
+            self.areas().into_iter().flat_map(|area| checkpoint.map.iter().map(move |page| (area, page)))
+        {
+            let place = u64::from(page.place) * MAP_PAGE_BYTES as u64;
+            self.destroy(area + RECORD_SLOTS * RECORD_SLOT_BYTES as u64 + place, MAP_PAGE_BYTES);
         }
     }
 

@@ -199,7 +199,8 @@ impl Subject for Coppice {
 
     fn check(&self, device: &Arc<SimDevice>) -> Result<Vec<String>> {
         let env = Env::simulated(1);
-        let options = OpenOptions { read_only: true, workers: WorkerSet::Essential, ..self.options(&env) };
+        let options =
+            OpenOptions { read_only: true, workers: WorkerSet::Essential, for_repair: true, ..self.options(&env) };
         let filesystem = Filesystem::open(vec![Arc::clone(device) as _], &options)?;
         let report = coppicefs_fsck::check(&filesystem, &|_, _, _, _| {})?;
         filesystem.close()?;

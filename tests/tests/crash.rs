@@ -3,10 +3,18 @@
 //!
 //! `COPPICE_SEED=n` sets the seed; `COPPICE_CRASH_LONG=1` tries every plan at every boundary, and many more seeds.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use coppicefs::device::{BlockDevice, MemDevice, ReadRequest, WriteRequest};
+use coppicefs::env::Env;
+use coppicefs::filesystem::format::test_geometry;
+use coppicefs::filesystem::{Filesystem, OpenOptions, WorkerSet};
 use coppicefs::format::checksum::{ChecksumKind, CompressionKind};
+use coppicefs::recovery::{Salvage, SalvageOptions};
 use coppicefs::space::TestSwitches;
+use coppicefs::vfs::Caller;
 use coppicefs_tests::crash::{CrashOptions, Fault, Report, forget_image, run, seed_or};
 use coppicefs_tests::filesystem_subject::Coppice;
 use coppicefs_tests::limit::{Limit, lengthen};
@@ -326,4 +334,110 @@ fn records_that_do_not_say_what_is_durable_are_caught() {
 fn space_reused_after_one_flush_is_caught() {
     let switches = TestSwitches { reuse_after_one_flush: true, reuse_first: true, ..TestSwitches::default() };
     is_caught_by("reuse_after_one_flush", &broken(switches), reusing(), &losing());
+}
+
+/// A device that at some moment stops to write to the log: it acknowledges such writes all the same.
+#[derive(Debug)]
+struct Forgetful {
+    below: Arc<MemDevice>,
+    log: Vec<std::ops::Range<u64>>,
+    forgets: AtomicBool,
+}
+
+impl BlockDevice for Forgetful {
+    fn name(&self) -> &str {
+        "forgetful"
+    }
+    fn size_bytes(&self) -> u64 {
+        self.below.size_bytes()
+    }
+    fn block_bytes(&self) -> u32 {
+        self.below.block_bytes()
+    }
+    fn is_read_only(&self) -> bool {
+        false
+    }
+    fn read_batch(&self, requests: &mut [ReadRequest<'_>], landed: &mut dyn FnMut(usize, coppicefs::Result<()>)) {
+        self.below.read_batch(requests, landed);
+    }
+    fn write_batch(&self, requests: &[WriteRequest<'_>]) -> coppicefs::Result<()> {
+        let forgets = self.forgets.load(Ordering::SeqCst);
+        let is_lost =
+            |request: &&WriteRequest<'_>| forgets && self.log.iter().any(|range| range.contains(&request.offset));
+        let kept: Vec<_> = requests.iter().filter(|request| !is_lost(request)).cloned().collect();
+        self.below.write_batch(&kept)
+    }
+    fn flush(&self) -> coppicefs::Result<()> {
+        self.below.flush()
+    }
+    fn discard(&self, offset: u64, length: u64) -> coppicefs::Result<()> {
+        self.below.discard(offset, length)
+    }
+}
+
+/// Images of a checkpoint hold changes of records that the device has lost though it had acknowledged them. The end of the log was taken for its end, and the
+/// trees mixed what was before and behind it.
+#[test]
+fn a_log_that_ends_before_what_its_checkpoint_holds_is_damage() {
+    const CALLER: Caller = Caller { uid: 0, gid: 0, pid: 1, umask: 0o022 };
+    let _limit = Limit::new();
+    let memory = Arc::new(MemDevice::new(64 << 20));
+    let plain: Arc<dyn BlockDevice> = Arc::clone(&memory) as _;
+    Filesystem::format(&plain, &test_geometry(), &Env::real()).unwrap();
+    let superblock = coppicefs::recovery::superblock::read(&*plain).unwrap().superblock;
+    let bucket_bytes = u64::from(superblock.geometry.bucket_bytes);
+    let ring = |range: &coppicefs::format::superblock::BucketRange| {
+        range.first * bucket_bytes..(range.first + range.count) * bucket_bytes
+    };
+    let log = superblock.layout.journal.iter().map(ring).collect();
+    let device = Arc::new(Forgetful { below: Arc::clone(&memory), log, forgets: AtomicBool::new(false) });
+    let options = OpenOptions { workers: WorkerSet::Essential, cache_bytes: 16 << 20, ..OpenOptions::default() };
+    let filesystem = Filesystem::open(vec![Arc::clone(&device) as _], &options).unwrap();
+    let reader = coppicefs::btree::NodeReader::new(
+        Arc::new(superblock),
+        vec![Arc::clone(&plain)],
+        Arc::clone(filesystem.metrics()),
+    );
+    let (is_done, made) = (AtomicBool::new(false), AtomicU32::new(0));
+    let image = std::thread::scope(|scope| {
+        for thread in 0..2_u32 {
+            let (filesystem, is_done, made) = (&filesystem, &is_done, &made);
+            scope.spawn(move || {
+                for number in 0..u32::MAX {
+                    let name = format!("{thread}.{number}");
+                    let outcome = filesystem.vfs().mkdir(&CALLER, 1, std::ffi::OsStr::new(&name), 0o755);
+                    if outcome.is_err() || is_done.load(Ordering::SeqCst) {
+                        break;
+                    }
+                    made.fetch_add(1, Ordering::SeqCst);
+                }
+            });
+        }
+        // Images hold what is committed while the checkpoint is made.
+        let mut image = None;
+        for _ in 0..2000 {
+            let before = made.load(Ordering::SeqCst);
+            while made.load(Ordering::SeqCst) < before + 20 {
+                std::thread::yield_now();
+            }
+            device.forgets.store(true, Ordering::SeqCst);
+            filesystem.checkpoint().unwrap();
+            let newest = reader.checkpoints().remove(0);
+            if newest.newest_sequence >= newest.first_replay {
+                image = Some(memory.image());
+                break;
+            }
+        }
+        is_done.store(true, Ordering::SeqCst);
+        image.expect("no checkpoint was made beside a commit")
+    });
+    filesystem.close().unwrap();
+    let after: Arc<dyn BlockDevice> = Arc::new(MemDevice::from_image(image, false));
+    for read_only in [false, true] {
+        let options = OpenOptions { read_only, env: Some(Env::simulated(1)), ..options.clone() };
+        let refused = Filesystem::open(vec![Arc::clone(&after)], &options).map(|_| ()).unwrap_err().to_string();
+        assert!(refused.contains("journal record") && refused.contains("was durable"), "{refused}");
+    }
+    let salvage = Salvage::open(vec![after], SalvageOptions::default()).unwrap();
+    assert!(salvage.warnings().iter().any(|warning| warning.contains("the journal is damaged")));
 }

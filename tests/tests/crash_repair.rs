@@ -10,6 +10,7 @@ use coppicefs::btree::{NodeReader, walk_published};
 use coppicefs::device::{Image, PlanOptions, SimDevice, SimOptions, Snapshot};
 use coppicefs::env::Env;
 use coppicefs::filesystem::{Filesystem, OpenOptions, WorkerSet};
+use coppicefs::format::checkpoint::{MAP_PAGE_BYTES, RECORD_SLOT_BYTES, RECORD_SLOTS};
 use coppicefs::format::extent::{DataExtent, ExtentValue};
 use coppicefs::format::journal::AccountingCounter;
 use coppicefs::format::namespace::{DirentBucket, Inode};
@@ -18,6 +19,7 @@ use coppicefs::format::superblock::copy_offsets;
 use coppicefs::format::{BtreeId, Position};
 use coppicefs::metrics::Metrics;
 use coppicefs::transaction::{CommitOptions, Transaction};
+use coppicefs_fsck::repair::map::lost_map;
 use coppicefs_fsck::session::repair_all;
 use coppicefs_tests::crash::{Subject, seed_or};
 use coppicefs_tests::filesystem_subject::Coppice;
@@ -111,12 +113,24 @@ fn shown(subject: &Coppice, device: &Arc<SimDevice>) -> Tree {
     tree
 }
 
+/// What a check finds; `None` if it takes a repair of the node-space map first.
+fn checked(subject: &Coppice, device: &Arc<SimDevice>) -> Option<Vec<String>> {
+    match subject.check(device) {
+        Ok(found) => Some(found),
+        Err(error) => {
+            let lost = lost_map(&[Arc::clone(device) as _]).unwrap();
+            assert!(lost.is_some(), "the check fails: {error}");
+            None
+        }
+    }
+}
+
 /// Repairs the damaged image once undisturbed, and then again from everything that a power cut in the middle could have left.
 fn survives(name: &str, subject: &Coppice, damaged: &Image) -> usize {
     let _limit = Limit::new();
     let seed = seed_or(1);
     let device = device_of(damaged.clone(), seed);
-    assert!(!subject.check(&device).unwrap().is_empty(), "{name}: nothing is wrong with the damaged image");
+    assert!(checked(subject, &device).is_none_or(|found| !found.is_empty()), "{name}: nothing is wrong with it");
     let snapshots: Arc<Mutex<Vec<Snapshot>>> = Arc::default();
     let seen = Arc::clone(&snapshots);
     device.set_hook(move |device, _| seen.lock().unwrap_or_else(PoisonError::into_inner).push(device.snapshot()));
@@ -143,7 +157,7 @@ fn survives(name: &str, subject: &Coppice, damaged: &Image) -> usize {
             let device = device_of(image, seed);
             // A check of what the cut left may find anything, but changes nothing.
             let before = device.image().content_hash();
-            subject.check(&device).unwrap_or_else(|error| panic!("{at}: {error}"));
+            checked(subject, &device);
             assert_eq!(device.image().content_hash(), before, "{at}: the check changed the image");
             repaired(&device, seed).unwrap_or_else(|error| panic!("{at}: {error}"));
             assert_eq!(subject.check(&device).unwrap(), [""; 0], "{at}");
@@ -176,6 +190,40 @@ fn files(transaction: &mut Transaction<'_>) -> Result<Vec<(Position, Inode)>> {
 
 fn dirent_of(inode: &Inode) -> Position {
     Position::new(inode.parent, inode.parent_hash, SNAPSHOT)
+}
+
+/// The map in every record and copy, and with it something that is repaired after it.
+#[test]
+fn a_lost_map() {
+    if is_long() {
+        lengthen(10);
+    }
+    let subject = Coppice::default();
+    let mut image = damaged(&made(&subject), |transaction| {
+        for (position, mut inode) in files(transaction)?.into_iter().take(1) {
+            inode.link_count += 3;
+            transaction.put(BtreeId::Inodes, position, inode.encode()?);
+        }
+        Ok(())
+    });
+    destroy_maps(&mut image);
+    assert!(survives("a lost map", &subject, &image) > 10);
+}
+
+/// Destroys the pages of all maps that a record names.
+fn destroy_maps(image: &mut Image) {
+    let device = device_of(image.clone(), 1);
+    let superblock = Arc::new(coppicefs::recovery::superblock::read(&*device).unwrap().superblock);
+    let reader = NodeReader::new(Arc::clone(&superblock), vec![device as _], Arc::new(Metrics::default()));
+    for record in reader.checkpoints() {
+        for page in &record.map {
+            for area in &superblock.layout.checkpoints {
+                let start = area.first * u64::from(superblock.geometry.bucket_bytes);
+                let place = u64::from(page.place) * MAP_PAGE_BYTES as u64;
+                image.write(start + RECORD_SLOTS * RECORD_SLOT_BYTES as u64 + place, &[0x5a; MAP_PAGE_BYTES]);
+            }
+        }
+    }
 }
 
 #[test]

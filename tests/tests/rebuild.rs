@@ -416,6 +416,62 @@ fn destroy_leaves(image: &mut Image, random: &mut Xoshiro256PlusPlus, one_in: u6
     hit
 }
 
+/// The newest image of leaves is lost, and no checkpoint or journal says so: where an older image of the whole range stands in, nothing in it shows that it is
+/// older. The nodes above do.
+#[test]
+fn an_older_leaf_that_stands_in_is_suspected() {
+    let _limit = Limit::new();
+    let subject = subject();
+    let (intact, _) = made(&subject, 48 * MIB, 1200, true);
+    let superblock = Arc::new(known_superblock(&intact));
+    let reader =
+        NodeReader::new(Arc::clone(&superblock), vec![device_of(intact.clone())], Arc::new(Metrics::default()));
+    let newest = reader.choose_checkpoint().unwrap().newest;
+    for btree in [BtreeId::Inodes, BtreeId::Extents, BtreeId::Dirents] {
+        let mut image = intact.clone();
+        let mut destroyed = Vec::new();
+        walk_published(&reader, &newest, &mut |node| {
+            if node.level == 0 && node.btree == btree && destroyed.len() < 100 {
+                destroyed.push(node.minimum.inode);
+                node.pointer.copies.iter().for_each(|copy| image.zero(copy.offset, 4096));
+            }
+            Ok(())
+        })
+        .unwrap();
+        destroy_areas(&mut image, &superblock, true);
+        let device: Arc<dyn BlockDevice> = device_of(image);
+        let report = match rebuild(&device, Target::Nothing, &options(), &|_, _| (), &mut |_| true) {
+            Ok(report) => report,
+            // Without an older leaf of any inode there is nothing to rebuild.
+            Err(error) => {
+                assert!(btree == BtreeId::Inodes && error.to_string().contains("no inode is left"), "{error}");
+                continue;
+            }
+        };
+        let inode = |position: &String| position.split(':').next().unwrap().parse::<u64>().unwrap();
+        let said = report.lost_keys.iter().chain(&report.outdated_keys).chain(&report.suspect_keys);
+        let said: Vec<_> = said
+            .filter(|keys| keys.tree == btree.name())
+            .map(|keys| (inode(&keys.from), keys.to.as_ref().map(inode)))
+            .collect();
+        println!(
+            "{}: {} leaves destroyed: {} ranges lost, {} outdated, {} suspected",
+            btree.name(),
+            destroyed.len(),
+            report.lost_keys.len(),
+            report.outdated_keys.len(),
+            report.suspect_keys.len()
+        );
+        for leaf in &destroyed {
+            let is_said = said.iter().any(|(from, to)| from <= leaf && to.is_none_or(|to| *leaf <= to));
+            assert!(is_said, "{}: nothing is said of the leaf from inode {leaf} on: {report:?}", btree.name());
+        }
+        assert!(report.is_something_lost());
+        let others = report.suspect_keys.iter().filter(|keys| keys.tree != btree.name()).count();
+        assert_eq!(others, 0, "{:?}", report.suspect_keys);
+    }
+}
+
 #[test]
 fn lost_leaves_cost_what_was_in_them_and_no_more() {
     let _limit = Limit::new();

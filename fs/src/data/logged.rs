@@ -28,6 +28,8 @@ use crate::space::stamp;
 use crate::transaction::{CommitOptions, Transaction};
 use crate::units::{InodeNumber, JournalSequence};
 
+/// Largest size of a file.
+const FILE_BYTES_MAX: u64 = i64::MAX as u64;
 /// How often the few blocks at the edges of a range are placed before that is refused.
 const EDGE_ATTEMPTS: u32 = 16;
 
@@ -412,10 +414,34 @@ impl Data {
         let found = self.transactions.read().next(BtreeId::LoggedOperations, first, last)?;
         let Some((position, value)) = found else { return Ok(None) };
         let operation = LoggedOperation::decode(&value)?;
-        if position != logged_position(InodeNumber(operation.inode())) {
-            let problem = format!("it is about inode {}", operation.inode());
-            return Err(Error::corrupt(format!("logged operation {position}"), problem));
+        match self.operation_problem(position, &operation) {
+            Some(problem) => Err(Error::corrupt(format!("logged operation {position}"), problem)),
+            None => Ok(Some(operation)),
         }
-        Ok(Some(operation))
+    }
+
+    /// Why an operation cannot have been logged at a position, if it cannot: whoever went on with it would do harm, or would not come to an end.
+    #[must_use]
+    pub fn operation_problem(&self, position: Position, operation: &LoggedOperation) -> Option<String> {
+        let inode = InodeNumber(operation.inode());
+        if position != logged_position(inode) || !(InodeNumber::ROOT..=InodeNumber::MAX).contains(&inode) {
+            return Some(format!("it is about inode {inode}"));
+        }
+        let is_range = |start: u64, end: u64| self.check_blocks(start, end).is_ok();
+        let device_bytes: u64 = self.shape.device_bytes.iter().sum();
+        let is_possible = match *operation {
+            LoggedOperation::Truncate { size, .. } => size <= FILE_BYTES_MAX,
+            // Space that is held is on the devices.
+            LoggedOperation::Replace { start, end, unwritten, .. } => {
+                is_range(start, end) && (!unwritten || end - start <= device_bytes)
+            }
+            LoggedOperation::Collapse { offset, length, cursor, .. } => {
+                offset.checked_add(length).is_some_and(|end| is_range(offset, end)) && cursor >= offset
+            }
+            LoggedOperation::Insert { offset, length, .. } => {
+                offset.checked_add(length).is_some_and(|end| is_range(offset, end) && end <= FILE_BYTES_MAX)
+            }
+        };
+        (!is_possible).then(|| format!("{operation:?} cannot be"))
     }
 }

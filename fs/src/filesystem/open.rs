@@ -12,7 +12,7 @@ use crate::device::{BlockDevice, CheckedDevice, FileDevice, FileOptions, is_same
 use crate::env::{Env, Worker};
 use crate::error::{Error, Result};
 use crate::format::checkpoint::Checkpoint;
-use crate::format::namespace::{FileType, Inode, LoggedOperation, Snapshot, Subvolume};
+use crate::format::namespace::{FileType, Inode, LoggedOperation};
 use crate::format::superblock::{KNOWN_READ_ONLY_COMPAT, Superblock};
 use crate::format::{BtreeId, ChecksumKind, CompressionKind, Position};
 use crate::journal::{Journal, JournalConfig, Log, journal_identity, read_log};
@@ -20,11 +20,11 @@ use crate::metrics::Metrics;
 use crate::options::{AccessTimes, CacheMode, CompressionChoice, MountOptions};
 use crate::pagecache::{Cache, CacheOptions, spawn_threads};
 use crate::recovery::{
-    InspectedCheckpoints, Salvage, choose_log, choose_older, inspect_checkpoints, present_reuse_check, replay,
-    replay_index, replay_with_triggers, superblock,
+    InspectedCheckpoints, Salvage, SalvageOptions, choose_log, choose_older, inspect_checkpoints, present_reuse_check,
+    replay, replay_index, replay_with_triggers, superblock,
 };
 use crate::scrub::{Scrub, ScrubConfig, ScrubRequests};
-use crate::snapshot::Snapshots;
+use crate::snapshot::{Snapshots, stored_root, stored_subvolume};
 use crate::space::Space;
 use crate::sync::Mutex;
 use crate::sync::atomic::AtomicU64;
@@ -81,6 +81,8 @@ pub struct OpenOptions {
     pub directory_synchronous: bool,
     /// What is in use, whatever the trees say.
     pub known_in_use: KnownInUse,
+    /// Open although keys mean nothing that a mount must understand: for fsck, which repairs them.
+    pub for_repair: bool,
 }
 
 /// What a check of the filesystem found to be in use although the trees say otherwise. To be known before anything is written: a checkpoint could
@@ -111,6 +113,7 @@ impl Default for OpenOptions {
             synchronous: false,
             directory_synchronous: false,
             known_in_use: KnownInUse::default(),
+            for_repair: false,
         }
     }
 }
@@ -236,6 +239,17 @@ fn unescape(field: &str) -> String {
         .fold(field.to_owned(), |text, (from, to)| text.replace(from, to))
 }
 
+/// Damage that a mount does not get around, and fsck does.
+fn refused(error: Error) -> Error {
+    match error {
+        Error::Corrupt(mut corruption) => {
+            corruption.problem.push_str(": `fsck.coppice -y` repairs it");
+            Error::Corrupt(corruption)
+        }
+        error => error,
+    }
+}
+
 fn check_features(superblock: &Superblock, read_only: bool) -> Result<()> {
     let unknown = superblock.read_only_compat & !KNOWN_READ_ONLY_COMPAT;
     if unknown != 0 && !read_only {
@@ -308,6 +322,7 @@ impl Filesystem {
             read_only: true,
             workers: WorkerSet::Essential,
             cache_bytes: 64 << 20,
+            for_repair: true,
             ..OpenOptions::default()
         };
         Self::open_path(path, &options)
@@ -335,12 +350,12 @@ impl Filesystem {
         inspect_checkpoints(Arc::new(open_device(path, true)?), progress)
     }
 
-    /// Opens what is left of an image that cannot be mounted, for reading; with a number, the state of that checkpoint.
+    /// Opens what is left of an image that cannot be mounted, for reading.
     ///
     /// # Errors
     /// As [`Salvage::open`], and those of opening the device.
-    pub fn open_salvage(path: &Path, checkpoint: Option<u64>) -> Result<Salvage> {
-        Salvage::open(vec![Arc::new(open_device(path, true)?)], checkpoint)
+    pub fn open_salvage(path: &Path, options: SalvageOptions) -> Result<Salvage> {
+        Salvage::open(vec![Arc::new(open_device(path, true)?)], options)
     }
 
     /// Opens a filesystem: recovers it, and starts its workers.
@@ -383,7 +398,7 @@ impl Filesystem {
         let config = journal_config(&superblock, &devices, options);
         let (opening, log) = match options.checkpoint {
             Some(number) => choose_older(&reader, &config, number)?,
-            None => choose_log(&reader, &config)?,
+            None => choose_log(&reader, &config, options.read_only)?,
         };
         if !options.read_only {
             // The last records before a power cut may be in one copy only, and will be counted on.
@@ -471,7 +486,11 @@ impl Filesystem {
         replayed: crate::recovery::Replayed,
         options: &OpenOptions,
     ) -> Result<Arc<Self>> {
-        let snapshots = Snapshots::load(&transactions)?;
+        let snapshots = if options.for_repair {
+            Snapshots::root_alone()
+        } else {
+            Snapshots::load(&transactions).map_err(refused)?
+        };
         let data = Data::new(
             &superblock,
             devices.clone(),
@@ -574,7 +593,10 @@ impl Filesystem {
     fn start(self: &Arc<Self>, options: &OpenOptions) -> Result<()> {
         if options.read_only {
             // Tools that look at keys may; whoever reads files must not see one half moved.
-            let pending = if options.workers == WorkerSet::All { self.data.next_logged_operation()? } else { None };
+            let pending = match options.workers {
+                WorkerSet::All => self.data.next_logged_operation().map_err(refused)?,
+                WorkerSet::Essential => None,
+            };
             return match pending {
                 None | Some(LoggedOperation::Truncate { .. }) => Ok(()),
                 Some(operation) if options.checkpoint.is_some() => Err(Error::Invalid(format!(
@@ -601,7 +623,7 @@ impl Filesystem {
         }
         if options.workers == WorkerSet::All {
             // Before anybody can use the inodes that they work on.
-            while self.data.resume_logged_operation()? {}
+            while self.data.resume_logged_operation().map_err(refused)? {}
         }
         Ok(())
     }
@@ -633,10 +655,10 @@ impl Filesystem {
 
 /// The first transaction of a filesystem: a snapshot, a subvolume that writes in it, and the subvolume's root directory.
 fn make_root(transaction: &mut Transaction<'_>, options: &FormatOptions, env: &Env) -> Result<()> {
-    let snapshot = Snapshot { parent: 0, subvolume: 0 };
-    transaction.put(BtreeId::Snapshots, Position::new(0, SnapshotId::ROOT.0.into(), 0), snapshot.encode()?);
-    let subvolume = Subvolume { snapshot: SnapshotId::ROOT.0, root: InodeNumber::ROOT.0 };
-    transaction.put(BtreeId::Subvolumes, Position::MIN, subvolume.encode()?);
+    let (position, value) = stored_root()?;
+    transaction.put(BtreeId::Snapshots, position, value);
+    let (position, value) = stored_subvolume()?;
+    transaction.put(BtreeId::Subvolumes, position, value);
     let now = env.now().into();
     let root = Inode {
         mode: FileType::Directory.mode_bits() | 0o755,

@@ -4,8 +4,8 @@
 //! next, it names the checksum of the record before, and its epoch is not lower. It lies where the record before ended, or, if it does not
 //! fit there, at the ring's start. Any copy will do ([`Log::repair_copies`] then restores the others); if an earlier life's record continues the chain too, the higher epoch is the log.
 //!
-//! Behind the end of the chain the whole ring is looked through, in all copies, for the highest D. If that is above the end, durable records
-//! are missing: damage, not the end. Otherwise records above D are checked for the data that was written alongside them.
+//! Behind the end of the chain the whole ring is looked through, in all copies, for the highest D; the checkpoint itself says, too, up to where the journal
+//! was flushed before its record was written. If that is above the end, durable records are missing: damage, not the end. Otherwise records above D are checked for the data that was written alongside them.
 //!
 //! Time and memory are bounded by the ring's size, whatever its content: records that are verified and found bad cost a budget of a few
 //! ring sizes.
@@ -323,7 +323,8 @@ impl<'a> Reader<'a> {
             Some(CopyReader::new(device.as_ref(), copy.start, ring.bytes))
         });
         let copies = copies.collect();
-        let known_flushed = JournalSequence(0);
+        // Images may hold changes up to there: with a log that ends before, they would mix states.
+        let known_flushed = JournalSequence(from.newest_sequence);
         Ok(Self { config, ring, copies, highest_epoch: from.epoch, known_flushed })
     }
 
@@ -453,7 +454,7 @@ impl Reader<'_> {
 
     fn damage(&self, tip: &Tip) -> Error {
         let problem = format!(
-            "it cannot be read in any copy, at byte {} of the journal, but all up to record {} was durable",
+            "it cannot be read in any copy, at byte {} of the journal, but all up to record {} was durable: `coppice checkpoints` lists older states that can be shown, `fsck.coppice --rebuild` finds what is left",
             tip.offset, self.known_flushed
         );
         let mut corruption = Corruption::new(format!("journal record {}", tip.sequence), problem);

@@ -44,7 +44,7 @@ impl InodeAllocator {
             Err(error) if error.is_media_error() => InodeNumber::MAX.0 / 2,
             Err(error) => return Err(error),
         };
-        Ok(Self { next: AtomicU64::new(largest + 1) })
+        Ok(Self { next: AtomicU64::new(largest.saturating_add(1)) })
     }
 
     /// A number that no inode has had in this mount.

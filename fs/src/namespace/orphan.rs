@@ -33,6 +33,14 @@ impl Namespace {
         Ok(found.into_iter().map(|(position, _)| InodeNumber(position.offset)).collect())
     }
 
+    /// Whether an inode is noted for deletion where such notes stand.
+    ///
+    /// # Errors
+    /// Those of the tree.
+    pub fn is_orphan(&self, transaction: &mut Transaction<'_>, number: InodeNumber) -> Result<bool> {
+        Ok(transaction.get(BtreeId::Orphans, self.orphan_position(number))?.is_some())
+    }
+
     /// One step of deleting an orphan whose extents are gone: some of its attributes, or in the last one the inode and its
     /// orphan key. Returns whether more is to be done. An inode that is gone or has a name is left alone.
     ///

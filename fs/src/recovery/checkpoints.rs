@@ -86,7 +86,9 @@ fn inspect(
 ) -> InspectedCheckpoint {
     let (mut nodes, mut lost_nodes, mut bad_copies) = (0, 0, 0);
     let mut problems = Vec::new();
-    let unusable = reader.verify(&checkpoint).err().map(|error| error.to_string());
+    problems.extend(reader.read_map(&checkpoint).err().map(|error| error.to_string()));
+    // Its states are read without the map.
+    let unusable = reader.verify(&without_map(&checkpoint)).err().map(|error| error.to_string());
     problems.extend(unusable.clone());
     let walked = walk_published(reader, &checkpoint, &mut |node| {
         progress();
@@ -112,14 +114,66 @@ fn inspect(
     InspectedCheckpoint { checkpoint, nodes, lost_nodes, bad_copies, problems, as_it_was, present }
 }
 
+/// The checkpoint as it is opened by those who only read: the node-space map says where nodes may be written, and nothing else.
+pub(super) fn without_map(checkpoint: &Checkpoint) -> Checkpoint {
+    Checkpoint { map: Vec::new(), ..checkpoint.clone() }
+}
+
+/// The newest checkpoint whose roots can be read, though its map cannot, nor one of the others be used whole. Its number among the valid records
+/// that are newer, and what is wrong with its map.
+#[must_use]
+pub fn choose_without_map(reader: &NodeReader) -> Option<(usize, Checkpoint, Error)> {
+    let usable = |record: &Checkpoint| reader.verify(&without_map(record)).is_ok();
+    let (index, record) = reader.checkpoints().into_iter().enumerate().find(|(_, record)| usable(record))?;
+    let problem = reader.read_map(&record).err()?;
+    Some((index, record, problem))
+}
+
+/// [`NodeReader::choose_checkpoint`]; where nothing but the map is lost, read-only without it.
+fn choose_checkpoint(reader: &NodeReader, read_only: bool) -> Result<Opening> {
+    let error = match reader.choose_checkpoint() {
+        Ok(opening) => return Ok(opening),
+        Err(error) => error,
+    };
+    let Some((_, record, problem)) = choose_without_map(reader) else { return Err(error) };
+    if !read_only {
+        return Err(match problem {
+            Error::Corrupt(mut corruption) => {
+                corruption.problem.push_str(": `fsck.coppice -y` makes the map again, `mount -o ro` does without");
+                corruption.into()
+            }
+            problem => problem,
+        });
+    }
+    tracing::warn!("the node-space map is lost ({problem}): checkpoint {} is read without it", record.number);
+    let next_number = record.number.saturating_add(1);
+    Ok(Opening { newest: without_map(&record), previous: None, next_number, passed_over: Vec::new() })
+}
+
+/// What is wrong with a log that ends before a record that was durable, by any checkpoint record that is whole, though what that names may not be: it was
+/// written when the journal had been flushed up to there.
+pub(super) fn ends_early(reader: &NodeReader, log: &Log) -> Option<Error> {
+    let flushed = reader.checkpoints().into_iter().max_by_key(|record| record.newest_sequence)?;
+    (flushed.newest_sequence >= log.next.0).then(|| {
+        let problem = format!(
+            "the journal ends before it, but all up to record {} was durable when checkpoint {} was written: `coppice checkpoints` lists older states that can be shown, `fsck.coppice --rebuild` finds what is left",
+            flushed.newest_sequence, flushed.number
+        );
+        Error::corrupt(format!("journal record {}", log.next), problem)
+    })
+}
+
 /// The newest checkpoint whose trees and log can be read. If the newest one's log is damaged, the one before it has the same records and more, so
-/// there is nothing to fall back to.
+/// there is nothing to fall back to. With `read_only`, a checkpoint of which the node-space map alone is lost will do.
 ///
 /// # Errors
 /// If there is none, or its log is damaged.
-pub fn choose_log(reader: &NodeReader, config: &JournalConfig) -> Result<(Opening, Log)> {
-    let mut opening = reader.choose_checkpoint()?;
+pub fn choose_log(reader: &NodeReader, config: &JournalConfig, read_only: bool) -> Result<(Opening, Log)> {
+    let mut opening = choose_checkpoint(reader, read_only)?;
     let log = read_log(config, &opening.newest)?;
+    if let Some(problem) = ends_early(reader, &log) {
+        return Err(problem);
+    }
     // The journal overwrites nothing from the older one's F on. If that is overwritten already (this is not the one that was kept beside the
     // newest, which is lost), its place is one that live records have taken.
     let first_replay = opening.newest.first_replay;
@@ -147,7 +201,7 @@ pub(super) fn find(reader: &NodeReader, number: u64) -> Result<Checkpoint> {
 /// # Errors
 /// [`Error::Unusable`], naming what is wrong and where to look: there is none, it is not whole, or its journal is no longer kept.
 pub fn choose_older(reader: &NodeReader, config: &JournalConfig, number: u64) -> Result<(Opening, Log)> {
-    let record = find(reader, number)?;
+    let record = without_map(&find(reader, number)?);
     let highest = reader.checkpoints().first().map_or(number, |record| record.number);
     reader
         .verify(&record)

@@ -22,7 +22,8 @@ pub mod scan;
 pub mod superblock;
 
 pub use checkpoints::{
-    InspectedCheckpoint, InspectedCheckpoints, choose_log, choose_older, inspect_checkpoints, reuse_check,
+    InspectedCheckpoint, InspectedCheckpoints, choose_log, choose_older, choose_without_map, inspect_checkpoints,
+    reuse_check,
 };
 pub use replay::{Replayed, replay, replay_index, replay_with_triggers};
-pub use salvage::{LostKeys, Salvage, Salvaged, present_reuse_check};
+pub use salvage::{ExtentContent, LostKeys, Salvage, SalvageOptions, Salvaged, present_reuse_check};

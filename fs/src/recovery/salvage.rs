@@ -9,7 +9,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::checkpoints::{choose_log, find, reuse_check};
+use super::checkpoints::{choose_log, ends_early, find, reuse_check};
 use super::{replay, superblock};
 use crate::btree::{Around, Forest, ForestConfig, NodeReader, Opening, walk_published};
 use crate::data::{BadPart, Extent, ReuseCheck, Shape, read_extent};
@@ -17,10 +17,11 @@ use crate::device::BlockDevice;
 use crate::env::Env;
 use crate::error::{Error, Result};
 use crate::format::checkpoint::Checkpoint;
+use crate::format::extent::ExtentValue;
 use crate::format::journal::{Entries, Entry};
 use crate::format::namespace::LoggedOperation;
 use crate::format::superblock::Superblock;
-use crate::format::{BtreeId, Position, Value};
+use crate::format::{BtreeId, ChecksumKind, Position, Value};
 use crate::journal::{JournalConfig, Log, Totals, read_log_best, read_log_prefix};
 use crate::metrics::Metrics;
 use crate::sync::atomic::AtomicU64;
@@ -67,7 +68,36 @@ pub struct Salvage {
     lost_trees: BTreeMap<BtreeId, String>,
     /// What the journal says of keys whose leaves are lost; `None` for deleted ones.
     beside: BTreeMap<(BtreeId, Position), Option<Value>>,
-    reuse_check: Option<ReuseCheck>,
+    /// For another state than the present one.
+    reuse: Option<Reuse>,
+    give_unverified: bool,
+}
+
+/// Which state is read, and how.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SalvageOptions {
+    /// The state of this checkpoint, as it was when it was made, instead of the present one.
+    pub checkpoint: Option<u64>,
+    /// Give data that nothing can verify, too: it has no checksum, and whether its space was used again since is not known. It is marked as such.
+    pub give_unverified: bool,
+}
+
+/// How data of an older state is told from what was written over it.
+struct Reuse {
+    check: ReuseCheck,
+    /// The buckets' present generations are known.
+    is_known: bool,
+}
+
+/// What can be read of an extent.
+#[derive(Debug)]
+pub struct ExtentContent {
+    /// The bytes, zeros where they cannot be read.
+    pub bytes: Vec<u8>,
+    /// Where that is.
+    pub bad: Vec<BadPart>,
+    /// Why nobody can tell whether the bytes are the file's, if so. They are there if [`SalvageOptions::give_unverified`] asks for them.
+    pub unverified: Option<String>,
 }
 
 impl std::fmt::Debug for Salvage {
@@ -85,13 +115,13 @@ struct Candidate {
 }
 
 impl Salvage {
-    /// Opens what is left. Of the checkpoints the one is taken that loses least: the newest, if they are equal. With `number`, that one, as it was when it
-    /// was made.
+    /// Opens what is left. Of the checkpoints the one is taken that loses least: the newest, if they are equal.
     ///
     /// # Errors
-    /// If no copy of the superblock can be read, or no checkpoint record: then only a rebuild finds anything. [`Error::Unusable`] for a `number` that
+    /// If no copy of the superblock can be read, or no checkpoint record: then only a rebuild finds anything. [`Error::Unusable`] for a checkpoint that
     /// there is not.
-    pub fn open(devices: Vec<Arc<dyn BlockDevice>>, number: Option<u64>) -> Result<Self> {
+    pub fn open(devices: Vec<Arc<dyn BlockDevice>>, options: SalvageOptions) -> Result<Self> {
+        let SalvageOptions { checkpoint: number, give_unverified } = options;
         let first = devices.first().ok_or_else(|| Error::Invalid("a filesystem needs a device".into()))?;
         let superblock = Arc::new(superblock::read(&**first)?.superblock);
         let reader = NodeReader::new(Arc::clone(&superblock), devices.clone(), Arc::new(Metrics::default()));
@@ -115,10 +145,16 @@ impl Salvage {
         }
         let totals = log.totals(&checkpoint).unwrap_or_default();
         let forest = open_forest(&superblock, &devices, &opening, log.highest_epoch.saturating_add(1))?;
-        let reuse_check = match (number, &log_problem) {
+        let bucket_bytes = superblock.geometry.bucket_bytes;
+        let reuse = match (number, &log_problem) {
             (None, None) => None,
-            (None, Some(_)) => Some(reuse_check(None, superblock.geometry.bucket_bytes)),
-            (Some(_), _) => Some(present_reuse_check(&superblock, &devices, &reader, &config, &mut warnings)),
+            // What was written behind the damage may be in space that this state's files were in.
+            (None, Some(_)) => Some(Reuse { check: reuse_check(None, bucket_bytes), is_known: false }),
+            (Some(_), _) => {
+                let present = present_or_warn(&superblock, &devices, &reader, &config, &mut warnings);
+                let is_known = present.is_some();
+                Some(Reuse { check: reuse_check(present, bucket_bytes), is_known })
+            }
         };
         let shape = Shape {
             block_bytes: superblock.geometry.block_bytes,
@@ -127,7 +163,7 @@ impl Salvage {
         };
         let beside = BTreeMap::new();
         let mut salvage =
-            Self { devices, shape, forest, checkpoint, totals, warnings, lost_trees, beside, reuse_check };
+            Self { devices, shape, forest, checkpoint, totals, warnings, lost_trees, beside, reuse, give_unverified };
         salvage.replay(&log);
         salvage.warn_of_interrupted_operations();
         Ok(salvage)
@@ -235,23 +271,26 @@ impl Salvage {
         Ok(())
     }
 
-    /// The bytes of an extent, zeros where they cannot be read, and which those are; `None` for what holds none. See [`read_extent`].
-    ///
-    /// # Errors
-    /// If the present state cannot say what its bucket is.
-    pub fn read(&self, extent: &Extent) -> Option<(Vec<u8>, Vec<BadPart>)> {
-        if let (Some(check), crate::format::extent::ExtentValue::Data(data)) = (&self.reuse_check, &extent.value) {
-            let error = match check(data) {
+    /// What can be read of an extent; `None` for what holds no bytes. See [`read_extent`].
+    pub fn read(&self, extent: &Extent) -> Option<ExtentContent> {
+        let mut unverified = None;
+        if let (Some(reuse), ExtentValue::Data(data)) = (&self.reuse, &extent.value) {
+            let is_unknown = !reuse.is_known && data.checksum_kind == ChecksumKind::None;
+            let error = match (reuse.check)(data) {
                 Ok(None) => None,
-                Ok(Some(reason)) => Some(Error::corrupt("the extent", reason)),
+                Ok(Some(reason)) => {
+                    unverified = is_unknown.then(|| reason.clone());
+                    (!is_unknown || !self.give_unverified).then(|| Error::corrupt("the extent", reason))
+                }
                 Err(error) => Some(error),
             };
             if let Some(error) = error {
-                let end = u64::from(data.length);
-                return Some((vec![0; data.length as usize], vec![BadPart { start: 0, end, error }]));
+                let bad = vec![BadPart { start: 0, end: data.length.into(), error }];
+                return Some(ExtentContent { bytes: vec![0; data.length as usize], bad, unverified });
             }
         }
-        read_extent(&self.devices, &self.shape, extent)
+        let (bytes, bad) = read_extent(&self.devices, &self.shape, extent)?;
+        Some(ExtentContent { bytes, bad, unverified })
     }
 }
 
@@ -269,7 +308,10 @@ fn best(reader: &NodeReader, config: &JournalConfig, warnings: &mut Vec<String>)
         Error::corrupt("checkpoint area", "it holds no valid record: `fsck.coppice --rebuild` may find what is left");
     for (index, checkpoint) in reader.checkpoints().into_iter().enumerate() {
         let (log, log_problem) = match read_log_best(config, &checkpoint) {
-            Ok(read) => read,
+            Ok((log, problem)) => {
+                let problem = problem.or_else(|| ends_early(reader, &log));
+                (log, problem)
+            }
             Err(error) => {
                 problem = error;
                 continue;
@@ -361,7 +403,7 @@ pub fn open_present(
     reader: &NodeReader,
     config: &JournalConfig,
 ) -> Result<Arc<Forest>> {
-    let (opening, log) = choose_log(reader, config)?;
+    let (opening, log) = choose_log(reader, config, true)?;
     let forest = open_forest(superblock, devices, &opening, log.highest_epoch.saturating_add(1))?;
     replay(&forest, &log)?;
     Ok(forest)
@@ -375,14 +417,24 @@ pub fn present_reuse_check(
     config: &JournalConfig,
     warnings: &mut Vec<String>,
 ) -> ReuseCheck {
-    let present = match open_present(superblock, devices, reader, config) {
+    let present = present_or_warn(superblock, devices, reader, config, warnings);
+    reuse_check(present, superblock.geometry.bucket_bytes)
+}
+
+fn present_or_warn(
+    superblock: &Arc<Superblock>,
+    devices: &[Arc<dyn BlockDevice>],
+    reader: &NodeReader,
+    config: &JournalConfig,
+    warnings: &mut Vec<String>,
+) -> Option<Arc<Forest>> {
+    match open_present(superblock, devices, reader, config) {
         Ok(present) => Some(present),
         Err(error) => {
             warnings.push(format!(
-                "the present state cannot be read ({error}): which buckets were used again is not known, data without checksums is left out"
+                "the present state cannot be read ({error}): which buckets were used again is not known, so nothing can verify data without checksums"
             ));
             None
         }
-    };
-    reuse_check(present, superblock.geometry.bucket_bytes)
+    }
 }

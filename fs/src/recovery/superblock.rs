@@ -75,7 +75,7 @@ fn not_ours(device: &dyn BlockDevice, recognised: bool, bad: &[(u64, Error)]) ->
     match bad.iter().find(|(_, error)| matches!(error, Error::Device { .. })) {
         Some((_, error)) => error.clone(),
         None => Error::Unusable(format!(
-            "{} is not a coppice filesystem: no superblock was found (mkfs-coppice makes one)",
+            "{} is not a coppice filesystem: no superblock was found (mkfs-coppice makes one; if it was one, fsck-coppice --rebuild finds what is left of it)",
             device.name()
         )),
     }

@@ -13,11 +13,29 @@
 use std::collections::BTreeMap;
 
 use crate::error::{Error, Result};
-use crate::format::namespace::Snapshot;
+use crate::format::namespace::{Snapshot, Subvolume};
 use crate::format::{BtreeId, Position, Value};
 use crate::sync::Arc;
 use crate::transaction::{Transaction, Transactions};
 use crate::units::{InodeNumber, SnapshotId};
+
+/// The key of the one snapshot that every filesystem has, and its value.
+///
+/// # Errors
+/// Never, in practice.
+pub fn stored_root() -> Result<(Position, Vec<u8>)> {
+    let value = Snapshot { parent: 0, subvolume: 0 }.encode()?;
+    Ok((Position::new(0, SnapshotId::ROOT.0.into(), 0), value))
+}
+
+/// The key of the one subvolume that every filesystem has, and its value.
+///
+/// # Errors
+/// Never, in practice.
+pub fn stored_subvolume() -> Result<(Position, Vec<u8>)> {
+    let value = Subvolume { snapshot: SnapshotId::ROOT.0, root: InodeNumber::ROOT.0 }.encode()?;
+    Ok((Position::MIN, value))
+}
 
 /// The snapshot tree of a filesystem.
 #[derive(Debug)]
@@ -27,10 +45,17 @@ pub struct Snapshots {
 }
 
 impl Snapshots {
+    /// The tree that every filesystem has: nothing makes snapshots yet, so there is nothing else to be read from the keys. For fsck, which
+    /// checks and repairs them ([`stored_root`]).
+    #[must_use]
+    pub fn root_alone() -> Arc<Self> {
+        Arc::new(Self { parents: BTreeMap::from([(SnapshotId::ROOT, None)]) })
+    }
+
     /// Loads the tree.
     ///
     /// # Errors
-    /// The device's; [`Error::Corrupt`] if a parent is missing or not above its child.
+    /// The device's; [`Error::Corrupt`] if a key means nothing, or a parent is missing or not above its child.
     pub fn load(transactions: &Transactions) -> Result<Arc<Self>> {
         let mut parents = BTreeMap::new();
         let keys = transactions.read().range(BtreeId::Snapshots, Position::MIN, Position::MAX, usize::MAX)?;

@@ -181,9 +181,9 @@ impl Space {
         }
     }
 
-    /// Holds a bucket if it is free, as seen after the hold.
+    /// Holds a bucket if it is free, as seen after the hold, and there is such a bucket.
     pub(super) fn hold_if_free(&self, key: (DeviceIndex, BucketIndex)) -> Result<bool> {
-        if !self.allocator.hold(key) {
+        if self.is_fixed(key) || !self.allocator.hold(key) {
             return Ok(false);
         }
         match self.bucket(key) {

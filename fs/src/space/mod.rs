@@ -413,6 +413,11 @@ impl Space {
         self.superblock.members.get(usize::from(device.0)).map_or(0, |member| member.bucket_count)
     }
 
+    /// Whether a bucket is in a fixed area, or behind the end of its device: whatever keys say, it is never handed out or given back to the host.
+    fn is_fixed(&self, (device, bucket): BucketKey) -> bool {
+        bucket.0 >= self.bucket_count(device) || store::range_end(self.reserved(device), bucket.0).is_some()
+    }
+
     fn reserved(&self, device: DeviceIndex) -> &[(u64, u64)] {
         self.reserved.get(usize::from(device.0)).map_or(&[], Vec::as_slice)
     }

@@ -41,6 +41,10 @@ impl BucketStore for Store<'_> {
             let scan = space.transactions.forest().scan(BtreeId::FreeSpace, cursor, end, limit)?;
             for (position, value) in scan.keys {
                 let key = (device, BucketIndex(position.offset));
+                // A key that is damaged must not hand out the journal.
+                if space.is_fixed(key) {
+                    continue;
+                }
                 let discarded = FreeBucket::decode(&value)?.discarded;
                 let bucket = space.bucket(key)?;
                 // It may have been opened and counted since the scan; the search forgets such candidates anyway.

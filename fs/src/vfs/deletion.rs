@@ -138,13 +138,28 @@ impl Vfs {
         for &number in &found {
             // One that is in memory lost its name in this mount: it comes here by itself. So does one that waits already.
             let is_waiting = self.deletions.queue.lock().waiting.iter().any(|deletion| deletion.number == number);
-            if !is_waiting && self.table.get(number).is_none() {
+            if !is_waiting && self.table.get(number).is_none() && self.is_leftover(number)? {
                 self.deletions.push(number, None);
             }
         }
         let next = found.last().filter(|_| found.len() == SCAN_STEP).map(|last| InodeNumber(last.0 + 1));
         self.deletions.queue.lock().scan_from = next;
         Ok(())
+    }
+
+    /// Whether what is noted for deletion may be deleted: a wrong note must not cost a file that has names.
+    fn is_leftover(&self, number: InodeNumber) -> Result<bool> {
+        let mut transaction = self.transactions.read();
+        let is_noted = self.namespace.is_orphan(&mut transaction, number)?;
+        let problem = match self.namespace.inode(&mut transaction, number) {
+            _ if !is_noted => "the note stands where no note does".into(),
+            Ok(Some(inode)) if inode.link_count > 0 => format!("it has {} names", inode.link_count),
+            Ok(_) => return Ok(true),
+            Err(error) if error.is_media_error() => error.to_string(),
+            Err(error) => return Err(error),
+        };
+        tracing::warn!("inode {number} is noted for deletion and is left alone ({problem}): fsck.coppice repairs it");
+        Ok(false)
     }
 
     /// One step of a deletion. Returns it if more is to be done.

@@ -75,6 +75,8 @@ pub struct RebuildReport {
     pub lost_keys: Vec<LostKeys>,
     /// Ranges of keys whose newest leaf is lost: an older one stands in.
     pub outdated_keys: Vec<LostKeys>,
+    /// Ranges of keys that may be older than the rest: something points to a newer leaf, which was not found.
+    pub suspect_keys: Vec<LostKeys>,
     /// Values that mean nothing.
     pub undecodable: u64,
     /// Parts of files whose space another file has.
@@ -99,7 +101,7 @@ pub(super) fn report(
     written: &Written,
 ) -> RebuildReport {
     let [directories, regular_files, symbolic_links, other_files] = written.inode_counts;
-    let (mut lost_keys, mut outdated_keys) = (Vec::new(), Vec::new());
+    let (mut lost_keys, mut outdated_keys, mut suspect_keys) = (Vec::new(), Vec::new(), Vec::new());
     for btree in [BtreeId::Inodes, BtreeId::Dirents, BtreeId::Extents, BtreeId::Xattrs] {
         let named = |(from, to): (Position, Option<Position>)| LostKeys {
             tree: btree.name(),
@@ -107,10 +109,11 @@ pub(super) fn report(
             to: to.map(|to| to.to_string()),
         };
         // A tree of which nothing is left may never have had a key.
-        if !trees.is_unknown(btree) {
+        if !trees.is_unknown(btree) || trees.had_leaves(btree) {
             lost_keys.extend(trees.lost(btree).into_iter().map(named));
         }
         outdated_keys.extend(trees.outdated(btree).into_iter().map(named));
+        suspect_keys.extend(trees.suspects(btree).iter().copied().map(named));
     }
     // Records of earlier laps are overwritten here and there; what is in the nodes is not missed.
     let is_missed = |(first, end): &(u64, u64)| end.saturating_sub((*first).max(survey.newest_in_nodes + 1));
@@ -137,6 +140,7 @@ pub(super) fn report(
         lost_files: inodes.hollow,
         lost_keys,
         outdated_keys,
+        suspect_keys,
         undecodable: inodes.undecodable + extents.undecodable + written.too_long,
         lost_ranges: extents.lost.clone(),
         uncertain_ranges: uncertain(trees, inodes),
@@ -148,7 +152,8 @@ pub(super) fn report(
 /// What files have in ranges of extents whose newest leaf is lost.
 fn uncertain(trees: &Trees<'_>, inodes: &Inodes) -> Vec<FileRange> {
     let mut found = Vec::new();
-    for (from, to) in trees.lost(BtreeId::Extents).into_iter().chain(trees.outdated(BtreeId::Extents)) {
+    let suspects = trees.suspects(BtreeId::Extents).iter().copied();
+    for (from, to) in trees.lost(BtreeId::Extents).into_iter().chain(trees.outdated(BtreeId::Extents)).chain(suspects) {
         let last = to.map_or(u64::MAX, |to| to.inode);
         for (&inode, facts) in inodes.facts.range(from.inode..=last) {
             let is_data = matches!(facts.file_type, Some(FileType::Regular | FileType::Symlink));
@@ -174,6 +179,7 @@ impl RebuildReport {
         self.made_up + self.lost_files + self.undecodable + self.log_missing + self.unreadable_bytes > 0
             || !self.lost_keys.is_empty()
             || !self.outdated_keys.is_empty()
+            || !self.suspect_keys.is_empty()
             || !self.lost_ranges.is_empty()
             || !self.damaged_ranges.is_empty()
     }
@@ -250,6 +256,7 @@ impl RebuildReport {
         };
         keys("lost", &self.lost_keys, &mut lines);
         keys("outdated, an older leaf stands in", &self.outdated_keys, &mut lines);
+        keys("may be older than the rest, something points to a newer leaf", &self.suspect_keys, &mut lines);
         listed("lost", &self.lost_ranges, &mut lines);
         listed("uncertain, may be holes or old", &self.uncertain_ranges, &mut lines);
         listed("damaged", &self.damaged_ranges, &mut lines);

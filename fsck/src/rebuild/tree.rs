@@ -8,13 +8,14 @@
 //!
 //! Memory: a line for each leaf, the journal's keys, and one leaf at a time.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use coppicefs::btree::{NodeReader, salvage_keys, walk_published};
 use coppicefs::device::BlockDevice;
 use coppicefs::format::checkpoint::Checkpoint;
 use coppicefs::format::journal::{Entries, Entry};
+use coppicefs::format::node::NodePointer;
 use coppicefs::format::{BtreeId, Position, Value};
 use coppicefs::memory::AlignedBuffer;
 use coppicefs::recovery::records::{FoundLog, data_is_there};
@@ -49,6 +50,9 @@ struct Segment {
     to: Option<Position>,
     source: Source,
     newest: u64,
+    /// The checkpoint that was followed leads to it.
+    is_published: bool,
+    id: u64,
 }
 
 /// One tree.
@@ -56,6 +60,10 @@ struct Segment {
 struct Tree {
     /// Ascending, disjoint.
     segments: Vec<Segment>,
+    /// Ranges of which there was a newer leaf, by what points to leaves.
+    suspects: Vec<(Position, Option<Position>)>,
+    /// Something points to a leaf of it.
+    had_leaves: bool,
     /// What the journal says: sequence, and value or whiteout.
     changes: BTreeMap<Position, (u64, Option<Value>)>,
 }
@@ -127,7 +135,12 @@ impl<'a> Trees<'a> {
         if let Some((reader, checkpoint)) = record {
             add_published(nodes, reader, checkpoint, &mut candidates)?;
         }
-        let trees = candidates.iter().map(|list| Tree { segments: newest_of(list), changes: BTreeMap::new() });
+        let trees = candidates.iter().map(|list| Tree {
+            segments: newest_of(list),
+            suspects: Vec::new(),
+            had_leaves: false,
+            changes: BTreeMap::new(),
+        });
         Ok(Self { device, nodes, trees: trees.collect(), log_from: None, log_end: 0, failed_reads: AtomicU64::new(0) })
     }
 
@@ -238,6 +251,77 @@ impl<'a> Trees<'a> {
             }
         };
         segments.iter().filter(is_outdated).map(|segment| (segment.from, segment.to)).collect()
+    }
+
+    /// Looks for leaves that are lost although an older one covers their whole range: nothing in that one shows it, but what points to leaves does. For each
+    /// range the newest interior node counts that was found, whatever its age, or the root of `record` where that is a leaf. Where the journal has everything
+    /// since the older leaf, nothing is missing.
+    pub fn find_suspects(&mut self, record: Option<&Checkpoint>) {
+        let mut claims = Claims::new();
+        for node in self.nodes.iter().filter(|node| node.summary.header.level == 1) {
+            let header = &node.summary.header;
+            let bset_count = node.summary.bset_count();
+            let newest = node.summary.newest(bset_count).0;
+            let (from, to) = (header.minimum, header.limit);
+            let (source, id) = (Source::Empty, header.node.0);
+            let whole = Segment { from, to, source, newest, is_published: false, id };
+            let Ok(children) = self.read_node(node, bset_count, &whole) else { continue };
+            for (index, (from, value)) in children.iter().enumerate() {
+                let to = children.get(index + 1).map(|(next, _)| *next).or(header.limit);
+                claims.add(header.btree, (*from, to), (id, newest), value);
+            }
+        }
+        let newest = record.map_or(0, |record| record.newest_sequence);
+        for root in record.iter().flat_map(|record| &record.roots).filter(|root| root.level == 0) {
+            if let Ok(btree) = BtreeId::from_stored(root.btree) {
+                claims.add(btree, (Position::MIN, None), (u64::MAX, newest), &root.pointer);
+            }
+        }
+        let addresses: HashSet<u64> = self.nodes.iter().map(|node| node.address).collect();
+        let suspects = |(btree, tree): (BtreeId, &Tree)| {
+            let is_older = |segment: &Segment, claim: &Segment, pointer: &NodePointer| {
+                !segment.is_published
+                    && !self.is_complete(segment)
+                    && self.is_older(segment, claim.newest, pointer, &addresses)
+            };
+            claims.newer(btree, &tree.segments, is_older)
+        };
+        let suspects: Vec<_> = BtreeId::ALL.into_iter().zip(&self.trees).map(suspects).collect();
+        for (tree, (suspects, pointers)) in self.trees.iter_mut().zip(suspects.into_iter().zip(&claims.ranges)) {
+            tree.suspects = suspects;
+            tree.had_leaves = !pointers.is_empty();
+        }
+    }
+
+    /// Whether a pointer, of a node with this newest sequence, names a later leaf than a segment's: one with a higher id; more bsets in the same slot; or the
+    /// same leaf written whole elsewhere, where nothing is now. A slot that was given up keeps its image until another node is written there.
+    fn is_older(&self, segment: &Segment, newest: u64, pointer: &NodePointer, addresses: &HashSet<u64>) -> bool {
+        let Source::Image { node, bset_count } = segment.source else { return false };
+        if pointer.node.0 != segment.id {
+            return pointer.node.0 > segment.id;
+        }
+        let address = self.nodes.get(node).map(|node| node.address);
+        if pointer.copies.iter().any(|copy| Some(copy.offset) == address) {
+            return usize::from(pointer.bset_count) > bset_count;
+        }
+        segment.newest <= newest && pointer.copies.iter().all(|copy| !addresses.contains(&copy.offset))
+    }
+
+    /// The journal has all changes since a leaf was written.
+    fn is_complete(&self, segment: &Segment) -> bool {
+        self.log_from.is_some_and(|from| from <= segment.newest.saturating_add(1))
+    }
+
+    /// Ranges that may be older than the rest. See [`Self::find_suspects`].
+    #[must_use]
+    pub fn suspects(&self, btree: BtreeId) -> &[(Position, Option<Position>)] {
+        self.tree(btree).map(|tree| tree.suspects.as_slice()).unwrap_or_default()
+    }
+
+    /// Whether it is known that a tree had leaves, found or not.
+    #[must_use]
+    pub fn had_leaves(&self, btree: BtreeId) -> bool {
+        self.tree(btree).is_some_and(|tree| tree.had_leaves)
     }
 
     /// Whether nothing is known of a tree.
@@ -372,6 +456,66 @@ fn add_published(
     Ok(())
 }
 
+/// What points to leaves: for each tree, the pointers, and for each the range and who says so.
+struct Claims {
+    pointers: Vec<NodePointer>,
+    ranges: Vec<Vec<Candidate>>,
+}
+
+impl Claims {
+    fn new() -> Self {
+        Self { pointers: Vec::new(), ranges: vec![Vec::new(); BtreeId::ALL.len()] }
+    }
+
+    /// Adds a pointer to a leaf, of a node with this id and newest sequence. What means nothing says nothing.
+    fn add(
+        &mut self,
+        btree: BtreeId,
+        (from, to): (Position, Option<Position>),
+        (id, newest): (u64, u64),
+        value: &[u8],
+    ) {
+        let (Ok(pointer), Some(list)) = (NodePointer::decode(value), self.ranges.get_mut(btree as usize)) else {
+            return;
+        };
+        let source = Source::Image { node: self.pointers.len(), bset_count: 0 };
+        list.push(Candidate { from, to, source, newest, is_published: false, id });
+        self.pointers.push(pointer);
+    }
+
+    /// Parts of segments that are older than what the newest pointer for their place names.
+    fn newer(
+        &self,
+        btree: BtreeId,
+        segments: &[Segment],
+        is_older: impl Fn(&Segment, &Segment, &NodePointer) -> bool,
+    ) -> Vec<(Position, Option<Position>)> {
+        let mut found: Vec<(Position, Option<Position>)> = Vec::new();
+        let ends_before = |end: Option<Position>, other: Position| end.is_some_and(|end| end <= other);
+        let claims = self.ranges.get(btree as usize).map(|list| newest_of(list)).unwrap_or_default();
+        let mut claims = claims.iter().peekable();
+        for segment in segments {
+            while claims.next_if(|claim| ends_before(claim.to, segment.from)).is_some() {}
+            for claim in claims.clone().take_while(|claim| !ends_before(segment.to, claim.from)) {
+                let Source::Image { node, .. } = claim.source else { continue };
+                if !self.pointers.get(node).is_some_and(|pointer| is_older(segment, claim, pointer)) {
+                    continue;
+                }
+                let from = claim.from.max(segment.from);
+                let to = match (claim.to, segment.to) {
+                    (Some(one), Some(other)) => Some(one.min(other)),
+                    (one, other) => one.or(other),
+                };
+                match found.last_mut() {
+                    Some(last) if last.1 == Some(from) => last.1 = to,
+                    _ => found.push((from, to)),
+                }
+            }
+        }
+        found
+    }
+}
+
 /// For each range the best candidate that covers it. A sweep over their ends.
 fn newest_of(candidates: &[Candidate]) -> Vec<Segment> {
     let mut starts: BTreeMap<Position, Vec<usize>> = BTreeMap::new();
@@ -402,8 +546,16 @@ fn newest_of(candidates: &[Candidate]) -> Vec<Segment> {
         let Some(best) = best else { continue };
         let to = points.get(at + 1).copied();
         match segments.last_mut() {
-            Some(last) if last.source == best.source && last.to == Some(point) => last.to = to,
-            _ => segments.push(Segment { from: point, to, source: best.source, newest: best.newest }),
+            Some(last)
+                if (last.source, last.id, last.newest) == (best.source, best.id, best.newest)
+                    && last.to == Some(point) =>
+            {
+                last.to = to;
+            }
+            _ => {
+                let Candidate { source, newest, is_published, id, .. } = *best;
+                segments.push(Segment { from: point, to, source, newest, is_published, id });
+            }
         }
     }
     segments
@@ -445,6 +597,9 @@ fn merge(
 
 #[cfg(test)]
 mod tests {
+    use coppicefs::format::node::NodeAddress;
+    use coppicefs::units::{DeviceIndex, NodeId};
+
     use super::*;
 
     fn at(inode: u64) -> Position {
@@ -469,6 +624,32 @@ mod tests {
         // 3 is the merge of both.
         let segments = newest_of(&[leaf(1, 0, 50, 40), leaf(3, 0, 100, 10), leaf(2, 50, 100, 20)]);
         assert_eq!(shown(&segments), [(0, 100, 3010)]);
+    }
+
+    #[test]
+    fn the_newest_pointer_for_a_place_is_what_a_leaf_is_held_against() {
+        let pointer = |id: u64| {
+            let copies = std::iter::once(NodeAddress { device: DeviceIndex(0), offset: 1 << 20 }).collect();
+            let pointer =
+                NodePointer { node: NodeId(id), written_bytes: 4096, last_checksum: 1, bset_count: 1, copies };
+            let mut bytes = Vec::new();
+            pointer.encode(&mut bytes);
+            bytes
+        };
+        let mut claims = Claims::new();
+        // Parents 20 and 21; what 20 says of [40, 50) is no longer so.
+        for (parent, from, to, child) in
+            [(20, 0, 20, 4), (20, 20, 40, 6), (20, 40, 50, 7), (21, 40, 70, 4), (21, 70, 100, 9)]
+        {
+            let to = (to < 100).then(|| at(to));
+            claims.add(BtreeId::Inodes, (at(from), to), (parent, 1), &pointer(child));
+        }
+        claims.add(BtreeId::Inodes, (at(0), None), (99, 1), b"nothing");
+        let segments = newest_of(&[leaf(4, 0, 70, 10), leaf(8, 70, 100, 10)]);
+        let by_id = |segment: &Segment, _: &Segment, pointer: &NodePointer| pointer.node.0 > segment.id;
+        assert_eq!(claims.newer(BtreeId::Inodes, &segments, by_id), [(at(20), Some(at(40))), (at(70), None)]);
+        assert!(claims.newer(BtreeId::Inodes, &segments, |_, _, _| false).is_empty());
+        assert!(claims.newer(BtreeId::Extents, &segments, by_id).is_empty());
     }
 
     #[test]

@@ -238,7 +238,9 @@ impl KeyRepair<'_, '_> {
         let start = at.offset.max(second_at.offset);
         let end = (at.offset + u64::from(first.disk_bytes)).min(second_at.offset + u64::from(second.disk_bytes));
         if at.device != second_at.device || start >= end {
-            return Ok(());
+            // A backpointer says that one of them is longer than it is.
+            self.correct_backpointer(other, &first)?;
+            return self.correct_backpointer(position, &second);
         }
         let verdicts = [self.verify_place(&first, start, end), self.verify_place(&second, start, end)];
         let [keeps_first, keeps_second] = match verdicts {
@@ -264,6 +266,18 @@ impl KeyRepair<'_, '_> {
     fn verify_place(&self, data: &DataExtent, start: u64, end: u64) -> Verdict {
         let (from, to) = within(data, start, end);
         self.verify(data, from, to)
+    }
+
+    /// Where the backpointer of an extent's first copy names it, and says something else of it, that is corrected.
+    fn correct_backpointer(&mut self, position: Position, data: &DataExtent) -> Result<()> {
+        if !self.backpointer_names(position, data)? {
+            return Ok(());
+        }
+        let Some(pointer) = data.pointers.first() else { return Ok(()) };
+        let place = crate::passes::backpointer_place(self.filesystem.superblock(), position, data, pointer);
+        let right = Backpointer { btree: BtreeId::Extents, disk_bytes: data.disk_bytes, position };
+        self.transaction.put(BtreeId::Backpointers, place, right.encode());
+        Ok(())
     }
 
     /// Whether the backpointer where an extent's data lies names it.

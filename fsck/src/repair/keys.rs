@@ -3,6 +3,7 @@
 use coppicefs::Result;
 use coppicefs::format::namespace::{FileType, Inode, Xattr, XattrBucket};
 use coppicefs::format::{BtreeId, Position};
+use coppicefs::snapshot::{stored_root, stored_subvolume};
 use coppicefs::units::{InodeNumber, SnapshotId};
 
 use super::{KeyRepair, inode_position};
@@ -16,6 +17,15 @@ impl KeyRepair<'_, '_> {
     pub(super) fn undecodable(&mut self, btree: BtreeId, position: Position) -> Result<()> {
         match btree {
             BtreeId::Extents => self.lose(position, None),
+            BtreeId::Snapshots | BtreeId::Subvolumes => {
+                let (expected, value) = if btree == BtreeId::Snapshots { stored_root()? } else { stored_subvolume()? };
+                if position == expected {
+                    self.transaction.put(btree, position, value);
+                } else {
+                    self.transaction.delete(btree, position);
+                }
+                Ok(())
+            }
             _ => {
                 self.transaction.delete(btree, position);
                 Ok(())

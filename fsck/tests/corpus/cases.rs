@@ -5,8 +5,8 @@ use coppicefs::device::Image;
 use coppicefs::format::checkpoint::{RECORD_SLOT_BYTES, RECORD_SLOTS};
 use coppicefs::format::extent::ExtentValue;
 use coppicefs::format::journal::AccountingCounter;
-use coppicefs::format::namespace::{Dirent, DirentBucket, FileType, XattrBucket};
-use coppicefs::format::space::{Bucket, BucketState, DeviceUsage, FreeBucket};
+use coppicefs::format::namespace::{Dirent, DirentBucket, FileType, LoggedOperation, Subvolume, XattrBucket};
+use coppicefs::format::space::{Backpointer, Bucket, BucketState, DeviceUsage, FreeBucket};
 use coppicefs::format::superblock::copy_offsets;
 use coppicefs::format::{BtreeId, CompressionKind, Position};
 use coppicefs::transaction::Transaction;
@@ -408,6 +408,19 @@ pub const CASES: &[Case] = &[
         ..NOTHING
     },
     Case {
+        id: "backpointer-wrong",
+        name: "a backpointer that says more bytes, over what lies behind",
+        damage: Damage::Keys(|ground, transaction| {
+            let (position, value) = first_key(ground, BtreeId::Backpointers);
+            let backpointer = Backpointer::decode(&value)?;
+            let longer = Backpointer { disk_bytes: backpointer.disk_bytes + 4096, ..backpointer };
+            transaction.put(BtreeId::Backpointers, position, longer.encode());
+            Ok(())
+        }),
+        follows: &["extents-share-space"],
+        ..NOTHING
+    },
+    Case {
         id: "inode-type",
         name: "a file's type",
         damage: Damage::Keys(|ground, transaction| {
@@ -627,6 +640,54 @@ pub const CASES: &[Case] = &[
         ..NOTHING
     },
     Case {
+        id: "key-undecodable",
+        name: "a deletion that is noted elsewhere",
+        damage: Damage::Keys(|ground, transaction| {
+            transaction.put(BtreeId::Orphans, Position::new(5, ground.inode(FILE), SNAPSHOT), Vec::new());
+            Ok(())
+        }),
+        follows: &["orphan-linked"],
+        ..NOTHING
+    },
+    Case {
+        id: "key-undecodable",
+        name: "an operation that would never end, and one of another file",
+        damage: Damage::Keys(|ground, transaction| {
+            let inode = ground.inode(FILE);
+            let endless = LoggedOperation::Replace { inode, start: 0, end: 1 << 62, unwritten: true };
+            transaction.put(BtreeId::LoggedOperations, Position::new(0, inode, 0), endless.encode()?);
+            let other = LoggedOperation::Truncate { inode, size: 0 };
+            transaction.put(BtreeId::LoggedOperations, Position::new(0, inode + 1, 0), other.encode()?);
+            Ok(())
+        }),
+        ..NOTHING
+    },
+    Case {
+        id: "key-undecodable",
+        name: "the root of the snapshots, the subvolume, and others that there are not",
+        damage: Damage::Keys(|ground, transaction| {
+            let [(snapshot, value), (subvolume, _)] =
+                [BtreeId::Snapshots, BtreeId::Subvolumes].map(|btree| first_key(ground, btree));
+            transaction.put(BtreeId::Snapshots, snapshot, vec![0xee; 3]);
+            transaction.put(BtreeId::Snapshots, Position { offset: 1 << 40, ..snapshot }, value.to_vec());
+            transaction.put(BtreeId::Subvolumes, subvolume, Subvolume { snapshot: 5, root: ROOT }.encode()?);
+            transaction.put(BtreeId::Subvolumes, Position { offset: 5, ..subvolume }, Vec::new());
+            Ok(())
+        }),
+        ..NOTHING
+    },
+    Case {
+        id: "subvolume-missing",
+        name: "the root of the snapshots, and the subvolume",
+        damage: Damage::Keys(|ground, transaction| {
+            for btree in [BtreeId::Snapshots, BtreeId::Subvolumes] {
+                transaction.delete(btree, first_key(ground, btree).0);
+            }
+            Ok(())
+        }),
+        ..NOTHING
+    },
+    Case {
         id: "bucket-wrong",
         name: "the count of a bucket",
         damage: Damage::Keys(|ground, transaction| {
@@ -683,6 +744,7 @@ pub const CASES: &[Case] = &[
         damage: Damage::Keys(|_, transaction| {
             transaction.put(BtreeId::NeedDiscard, Position::new(77, 5, 0), Vec::new());
             transaction.put(BtreeId::Buckets, Position::new(0, 1 << 40, 0), Bucket::UNUSED.encode());
+            transaction.put(BtreeId::Devices, Position::new(3, 0, 0), DeviceUsage { untouched_from: 1 }.encode());
             Ok(())
         }),
         ..NOTHING

@@ -1,8 +1,10 @@
 //! How the cases damage: changes of one key, and of bytes on the medium.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use coppicefs::Result;
+use coppicefs::btree::NodeReader;
 use coppicefs::device::Image;
 use coppicefs::filesystem::Filesystem;
 use coppicefs::format::checkpoint::{
@@ -13,6 +15,8 @@ use coppicefs::format::namespace::{Dirent, DirentBucket, Inode};
 use coppicefs::format::node::NodePointer;
 use coppicefs::format::space::{Bucket, BucketState};
 use coppicefs::format::{BtreeId, Position, Value};
+use coppicefs::metrics::Metrics;
+use coppicefs::recovery::superblock;
 use coppicefs::transaction::Transaction;
 
 use crate::ground::{Ground, ROOT, SNAPSHOT, device_of, open};
@@ -150,4 +154,21 @@ pub fn take_slot_out_of_map(_: &Ground, image: &mut Image) {
         image.write(start + place, &page);
         image.write(start + newest.number % RECORD_SLOTS * RECORD_SLOT_BYTES as u64, &record);
     }
+}
+
+/// Destroys every page of every map that a checkpoint record names, in all copies. The slots that the newest one said were used, by bucket.
+pub fn lose_maps(image: &mut Image) -> BTreeMap<(u8, u64), u64> {
+    let device = device_of(image);
+    let superblock = Arc::new(superblock::read(&*device).unwrap().superblock);
+    let reader = NodeReader::new(Arc::clone(&superblock), vec![device as _], Arc::new(Metrics::default()));
+    let records = reader.checkpoints();
+    let newest = reader.read_map(&records[0]).unwrap();
+    for page in records.iter().flat_map(|record| &record.map) {
+        for area in &superblock.layout.checkpoints {
+            let start = area.first * u64::from(superblock.geometry.bucket_bytes);
+            let place = u64::from(page.place) * MAP_PAGE_BYTES as u64;
+            image.write(start + RECORD_SLOTS * RECORD_SLOT_BYTES as u64 + place, &[0x5a; MAP_PAGE_BYTES]);
+        }
+    }
+    newest.into_iter().flatten().map(|entry| ((entry.device, entry.bucket), entry.used)).collect()
 }

@@ -55,7 +55,7 @@ pub fn device_of(image: &Image) -> Arc<SimDevice> {
 }
 
 pub fn open(device: &Arc<SimDevice>, read_only: bool) -> Result<Arc<Filesystem>> {
-    let options = OpenOptions { read_only, workers: WorkerSet::Essential, ..options() };
+    let options = OpenOptions { read_only, workers: WorkerSet::Essential, for_repair: true, ..options() };
     Filesystem::open(vec![Arc::clone(device) as _], &options)
 }
 

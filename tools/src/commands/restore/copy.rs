@@ -58,6 +58,7 @@ impl Restore<'_> {
                 // A size from a damaged image may be more than a file can have.
                 self.kept("size", rustix::fs::ftruncate(&file, inode.size), &path);
                 self.finish(&file, number, &inode, &path);
+                self.keep_flags(Some(Rc::clone(&here)), inode.flags);
                 self.report.files += 1;
                 Ok(Some(here))
             }
@@ -180,13 +181,21 @@ impl Restore<'_> {
                 self.report.damage(path, number, at..extent.start().min(size), &reason);
             }
             let read = (extent.start() < size).then(|| salvage.read(&extent)).flatten();
-            for bad in read.iter().flat_map(|(_, bad)| bad) {
+            let unverified = read.as_ref().and_then(|read| read.unverified.as_ref());
+            for bad in read.iter().flat_map(|read| &read.bad) {
                 let range = extent.start() + bad.start..(extent.start() + bad.end).min(size);
-                self.report.damage(path, number, range, &bad.error.to_string());
+                let mut reason = bad.error.to_string();
+                if unverified.is_some() && !self.gives_unverified {
+                    reason.push_str(" (--unverified copies such data all the same)");
+                }
+                self.report.damage(path, number, range, &reason);
             }
-            self.report.bytes += read.as_ref().map_or(0, |(bytes, _)| bytes.len() as u64);
+            if let Some(reason) = unverified.filter(|_| self.gives_unverified) {
+                self.report.unverified(path, number, extent.start()..extent.end.min(size), reason);
+            }
+            self.report.bytes += read.as_ref().map_or(0, |read| read.bytes.len() as u64);
             at = at.max(extent.end);
-            let bytes = read.as_ref().map(|(bytes, bad)| (bytes.as_slice(), bad.as_slice()));
+            let bytes = read.as_ref().map(|read| (read.bytes.as_slice(), read.bad.as_slice()));
             visit(&extent, bytes).map_err(|error| {
                 let stop = stopped(&error);
                 failed = Some(error);

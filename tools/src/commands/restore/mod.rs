@@ -4,6 +4,7 @@
 //! to `lost+found`, under its inode number. Nothing that an image says can lead outside of the target directory: see `target`.
 
 mod copy;
+mod flags;
 mod report;
 mod target;
 
@@ -17,7 +18,7 @@ use coppicefs::filesystem::Filesystem;
 use coppicefs::format::journal::AccountingCounter;
 use coppicefs::format::namespace::{Dirent, DirentBucket, FileType, Inode};
 use coppicefs::format::{BtreeId, Position};
-use coppicefs::recovery::{Salvage, Salvaged};
+use coppicefs::recovery::{Salvage, SalvageOptions, Salvaged};
 use coppicefs::units::{InodeNumber, SnapshotId};
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -26,7 +27,7 @@ use target::{Place, Target};
 
 /// All was copied.
 pub const EXIT_COMPLETE: u8 = 0;
-/// Some of it could not be read.
+/// Some of it could not be read, or nobody knows whether it is right.
 pub const EXIT_INCOMPLETE: u8 = 4;
 /// The copy itself could not be made.
 pub const EXIT_OPERATIONAL: u8 = 8;
@@ -34,12 +35,16 @@ pub const EXIT_OPERATIONAL: u8 = 8;
 /// What `coppice restore` takes.
 #[derive(Args, Clone, Debug)]
 #[command(
-    after_help = "Exit codes: 0 everything was copied, 4 a part could not be read (it is listed), 8 no copy could be made."
+    after_help = "Exit codes: 0 everything was copied, 4 a part could not be read or not be verified (it is listed), 8 no copy could be made."
 )]
 pub struct Arguments {
     /// Copy the state of then, of this checkpoint (`coppice checkpoints` lists them), instead of the present one
     #[arg(long, value_name = "N")]
     checkpoint: Option<u64>,
+    /// Copy data without checksums, too, where nothing tells whether its space was used again since: such ranges of files, which are listed, may hold
+    /// other bytes than the file's
+    #[arg(long)]
+    unverified: bool,
     /// Copy into a directory that is not empty; nothing in it is overwritten
     #[arg(long)]
     non_empty: bool,
@@ -65,6 +70,8 @@ enum Known {
 /// A copy that is being made.
 struct Restore<'a> {
     salvage: &'a Salvage,
+    /// Data that nothing can verify is copied.
+    gives_unverified: bool,
     target: Target,
     report: Report,
     bar: ProgressBar,
@@ -78,6 +85,8 @@ struct Restore<'a> {
     made: Vec<(Option<Rc<Place>>, u64, Inode)>,
     /// Directories whose names are to be copied.
     pending: Vec<(u64, Option<Rc<Place>>)>,
+    /// What has flags of chattr, `None` for the target itself: set when nothing else is to be done to anything.
+    flagged: Vec<(Option<Rc<Place>>, u32)>,
 }
 
 /// Runs it; returns the exit code.
@@ -93,7 +102,8 @@ pub fn run(arguments: &Arguments) -> u8 {
 }
 
 fn restore(arguments: &Arguments) -> anyhow::Result<u8> {
-    let salvage = Filesystem::open_salvage(&arguments.image, arguments.checkpoint)?;
+    let options = SalvageOptions { checkpoint: arguments.checkpoint, give_unverified: arguments.unverified };
+    let salvage = Filesystem::open_salvage(&arguments.image, options)?;
     for warning in salvage.warnings() {
         eprintln!("coppice: warning: {warning}");
     }
@@ -105,6 +115,7 @@ fn restore(arguments: &Arguments) -> anyhow::Result<u8> {
     }
     let mut restore = Restore {
         salvage: &salvage,
+        gives_unverified: arguments.unverified,
         target,
         report: Report::new(&arguments.image, &arguments.directory, &salvage),
         bar,
@@ -113,6 +124,7 @@ fn restore(arguments: &Arguments) -> anyhow::Result<u8> {
         links: BTreeMap::new(),
         made: Vec::new(),
         pending: Vec::new(),
+        flagged: Vec::new(),
     };
     let outcome = restore.everything();
     restore.bar.finish_and_clear();
@@ -150,8 +162,9 @@ impl Restore<'_> {
             let directory = self.target.directory(place.as_deref())?;
             let path = Place::path(place.as_deref());
             self.finish(&directory, number, &inode, &path);
+            self.keep_flags(place, inode.flags);
         }
-        Ok(())
+        self.set_flags()
     }
 
     fn inode(&self, number: u64) -> Known {

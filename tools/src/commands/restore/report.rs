@@ -45,6 +45,8 @@ pub(super) struct Report {
     pub(super) bytes: u64,
     warnings: Vec<String>,
     damaged: Vec<Damaged>,
+    /// Ranges that were copied, of which nobody knows whether they are the file's.
+    unverified: Vec<Damaged>,
     lost: Vec<Lost>,
     notes: Vec<String>,
     further_notes: u64,
@@ -66,27 +68,21 @@ impl Report {
             bytes: 0,
             warnings: salvage.warnings().to_vec(),
             damaged: Vec::new(),
+            unverified: Vec::new(),
             lost: Vec::new(),
             notes: Vec::new(),
             further_notes: 0,
         }
     }
 
-    /// A range of a file that cannot be read. Neighbours are one.
+    /// A range of a file that cannot be read.
     pub(super) fn damage(&mut self, path: &str, inode: u64, range: Range<u64>, reason: &str) {
-        if range.is_empty() {
-            return;
-        }
-        match self.damaged.last_mut() {
-            Some(last) if last.inode == inode && last.path == path && last.end == range.start => last.end = range.end,
-            _ => self.damaged.push(Damaged {
-                path: path.to_owned(),
-                inode,
-                start: range.start,
-                end: range.end,
-                reason: reason.to_owned(),
-            }),
-        }
+        add(&mut self.damaged, path, inode, range, reason);
+    }
+
+    /// A range of a file that was copied although nothing can verify it.
+    pub(super) fn unverified(&mut self, path: &str, inode: u64, range: Range<u64>, reason: &str) {
+        add(&mut self.unverified, path, inode, range, reason);
     }
 
     /// How many ranges are damaged.
@@ -106,7 +102,8 @@ impl Report {
 
     /// Prints it, and gives the exit code.
     pub(super) fn print(mut self, json: bool, quiet: bool) -> anyhow::Result<u8> {
-        let is_complete = self.damaged.is_empty() && self.lost.is_empty() && self.unnamed == 0;
+        let is_complete =
+            self.damaged.is_empty() && self.unverified.is_empty() && self.lost.is_empty() && self.unnamed == 0;
         self.exit_code = if is_complete { EXIT_COMPLETE } else { EXIT_INCOMPLETE };
         if json {
             output::json(&self)?;
@@ -116,6 +113,9 @@ impl Report {
             let Damaged { path, start, end, reason, .. } = damaged;
             let end = if *end == u64::MAX { "the end".to_owned() } else { end.to_string() };
             println!("{path}: bytes {start} to {end} cannot be read, and are left as a hole: {reason}");
+        }
+        for Damaged { path, start, end, reason, .. } in &self.unverified {
+            println!("{path}: bytes {start} to {end} are copied, but may not be the file's: {reason}");
         }
         for Lost { path, reason } in &self.lost {
             println!("{path}{}{reason}", if path.is_empty() { "" } else { ": " });
@@ -140,13 +140,31 @@ impl Report {
             );
             if !is_complete {
                 println!(
-                    "{} ranges of files and {} other things are lost; {} inodes without a name are in lost+found",
+                    "{} ranges of files and {} other things are lost; {} ranges cannot be verified; {} inodes without a name are in lost+found",
                     self.damaged.len(),
                     self.lost.len(),
+                    self.unverified.len(),
                     self.unnamed
                 );
             }
         }
         Ok(self.exit_code)
+    }
+}
+
+/// Adds a range. Neighbours are one.
+fn add(ranges: &mut Vec<Damaged>, path: &str, inode: u64, range: Range<u64>, reason: &str) {
+    if range.is_empty() {
+        return;
+    }
+    match ranges.last_mut() {
+        Some(last) if last.inode == inode && last.path == path && last.end == range.start => last.end = range.end,
+        _ => ranges.push(Damaged {
+            path: path.to_owned(),
+            inode,
+            start: range.start,
+            end: range.end,
+            reason: reason.to_owned(),
+        }),
     }
 }
