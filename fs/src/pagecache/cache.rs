@@ -103,6 +103,9 @@ pub struct Cache {
     /// Fills under way: their memory can be evicted soon.
     fills: AtomicU64,
     throttled: AtomicU64,
+    /// Runs of dirty blocks that were written, and runs that could not be for want of space: who waits for the first sees by the second when to stop.
+    written_runs: AtomicU64,
+    unplaced_runs: AtomicU64,
     /// Pieces of work that were given to `spawn` and have not ended.
     spawned: AtomicU64,
     /// Notified when one of them ends.
@@ -161,6 +164,8 @@ impl Cache {
             promised_blocks: AtomicU64::new(0),
             fills: AtomicU64::new(0),
             throttled: AtomicU64::new(0),
+            written_runs: AtomicU64::new(0),
+            unplaced_runs: AtomicU64::new(0),
             spawned: AtomicU64::new(0),
             spawned_ended: Event::new(),
             cleaned: Event::new_over(OVER_MEMORY_WAIT),
@@ -320,11 +325,12 @@ impl Cache {
             return Ok(reservation);
         }
         let _mark = self.budget.announce_waiter();
+        let mut progress = self.writing_progress();
         self.env.wait(self.budget.freed(), || {
             if let Some(reservation) = self.try_reserve_memory(bytes) {
                 return Some(reservation);
             }
-            let hopeless = self.is_latched();
+            let hopeless = self.is_latched() || self.is_stuck_since(&mut progress);
             if hopeless || (self.unwritten_blocks() == 0 && self.fills.load(Ordering::SeqCst) == 0) {
                 return Some(self.budget.overdraw(bytes));
             }
@@ -376,6 +382,9 @@ impl Cache {
     // ---- dirty limit --------------------------------------------------------------------------------------------------
 
     /// The right to make `blocks` blocks dirty. Waits while the limit is reached; called with no lock of the cache held.
+    ///
+    /// # Errors
+    /// What latched the cache; [`Error::NoSpace`] if meanwhile nothing was written, since what is dirty already found no space.
     pub(super) fn reserve_dirty(&self, blocks: u64) -> Result<DirtyQuota<'_>> {
         order::check_held("a wait for the dirty limit", OVER_MEMORY_WAIT);
         if let Some(quota) = self.try_reserve_dirty(blocks) {
@@ -385,11 +394,19 @@ impl Cache {
         let started = self.env.monotonic();
         self.throttled.fetch_add(1, Ordering::SeqCst);
         self.writeback_wanted.notify();
+        let mut progress = self.writing_progress();
         let outcome = self.env.wait(&self.cleaned, || {
             if let Some(reason) = self.latched.lock().clone() {
                 return Some(Err(reason));
             }
-            self.try_reserve_dirty(blocks).map(Ok)
+            if let Some(quota) = self.try_reserve_dirty(blocks) {
+                return Some(Ok(quota));
+            }
+            if self.is_stuck_since(&mut progress) {
+                return Some(Err(Error::NoSpace("what was written before cannot be put on the device")));
+            }
+            self.writeback_wanted.notify();
+            None
         });
         self.throttled.fetch_sub(1, Ordering::SeqCst);
         self.count_throttled(started);
@@ -435,6 +452,24 @@ impl Cache {
     pub(super) fn count_written(&self, blocks: u64, redirtied: u64) {
         self.dirty_blocks.fetch_add(redirtied, Ordering::SeqCst);
         self.writeback_blocks.fetch_sub(blocks, Ordering::SeqCst);
+    }
+
+    /// A run ended: written, or for want of space not. Before who waits is told.
+    pub(super) fn count_run(&self, is_written: bool) {
+        let counter = if is_written { &self.written_runs } else { &self.unplaced_runs };
+        counter.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// How many runs were written, and how many found no space.
+    fn writing_progress(&self) -> (u64, u64) {
+        (self.written_runs.load(Ordering::SeqCst), self.unplaced_runs.load(Ordering::SeqCst))
+    }
+
+    /// Whether since the last look none was written, and some found no space: to wait for it is in vain. What was admitted has its space promised, so
+    /// only a promise that was not kept leads here; and a wait without an end would be worse than an error.
+    fn is_stuck_since(&self, last: &mut (u64, u64)) -> bool {
+        let before = std::mem::replace(last, self.writing_progress());
+        last.0 == before.0 && last.1 > before.1
     }
 
     /// `blocks` dirty blocks were dropped. Under the space's `tracking`.

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use super::cache::DirtyQuota;
 use super::ranges::{BlockRanges, units_of};
 use super::space::AddressSpace;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::memory::ByteReference;
 
 /// Marks `blocks` dirty, whose folio the caller holds locked. Returns how many were not dirty before.
@@ -93,10 +93,14 @@ impl WritebackRun {
         self.completed = true;
         match result {
             Ok(()) => {
+                self.space.cache().count_run(true);
                 self.end(false);
                 0
             }
             Err(error) => {
+                if matches!(error, Error::NoSpace(_)) {
+                    self.space.cache().count_run(false);
+                }
                 self.space.errors().record(error);
                 self.end(true)
             }
