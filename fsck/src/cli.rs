@@ -223,7 +223,7 @@ fn run_checked(arguments: &Arguments, target: &str) -> Result<u8> {
 /// A device, and what was repaired on it before it could be opened.
 type Prepared = (Arc<dyn BlockDevice>, Vec<Problem>);
 
-/// The device with a node-space map, made again if it is lost: with `-n` in memory. An exit code if nothing more can be done.
+/// The device with a node-space map, and roots, made again if they are lost: with `-n` in memory. An exit code if nothing more can be done.
 fn with_map(
     arguments: &Arguments,
     target: &str,
@@ -233,19 +233,19 @@ fn with_map(
     let lost = lost_map(std::slice::from_ref(&device))?;
     // Reading takes no map.
     let Some(lost) = lost.filter(|_| !arguments.list_damaged) else { return Ok(Ok((device, Vec::new()))) };
-    let problem = lost.problem();
+    let problems = lost.problems().to_vec();
     if !arguments.json {
-        say!("{target}: {}: {}", problem.id(), problem.describe());
+        problems.iter().for_each(|problem| say!("{target}: {}: {}", problem.id(), problem.describe()));
     }
-    if mode.choose(std::slice::from_ref(&problem), &mut Vec::new()).is_empty() {
-        let outcome = Outcome { problems: vec![problem.clone()], left: vec![problem], ..Outcome::default() };
+    if mode.choose(&problems, &mut Vec::new()).len() < problems.len() {
+        let outcome = Outcome { problems: problems.clone(), left: problems, ..Outcome::default() };
         let code = exit_code(mode, &outcome);
         print_report(arguments, target, mode, &outcome, &[], code);
         return Ok(Err(code));
     }
     let device = if mode == Mode::NoChanges { Arc::new(Overlay::new(device)) as _ } else { device };
     match lost.repair(std::slice::from_ref(&device)) {
-        Ok(()) => Ok(Ok((device, vec![problem]))),
+        Ok(()) => Ok(Ok((device, problems))),
         Err(error) if error.is_media_error() => Ok(Err(unopenable(arguments, target, &device, &error))),
         Err(error) => Err(error),
     }

@@ -161,6 +161,6 @@ pub fn repair_all(devices: &[Arc<dyn BlockDevice>], options: &OpenOptions) -> Re
     let closed = filesystem.close();
     let mut outcome = outcome?;
     closed?;
-    outcome.repaired_before(lost_map.iter().map(LostMap::problem).collect());
+    outcome.repaired_before(lost_map.iter().flat_map(LostMap::problems).cloned().collect());
     Ok(outcome)
 }

@@ -257,6 +257,60 @@ fn a_lost_map_is_made_again() {
     }
 }
 
+/// Roots are lost, in the checkpoint before, too, of trees that say what others say: they begin anew. Of a tree that alone says what it says, they take a scan.
+#[test]
+fn lost_roots_of_trees_that_follow_from_others() {
+    let ground = &*GROUND;
+    for btree in BtreeId::ALL {
+        let mut damaged = ground.image.clone();
+        if !damage::lose_root(&mut damaged, btree) {
+            continue;
+        }
+        let name = format!("the root of {}", btree.name());
+        let is_users = matches!(btree, BtreeId::Extents | BtreeId::Inodes | BtreeId::Dirents | BtreeId::Xattrs);
+        if is_users {
+            let directory = tempfile::tempdir().unwrap();
+            let file = directory.path().join("image");
+            damaged.to_file(&file).unwrap();
+            let (code, said) = fsck(&file, "-y");
+            assert_eq!(code, 8, "{name}: {said}");
+            assert!(said.to_string().contains(btree.name()), "{name}: {said}");
+            continue;
+        }
+        let (image, said) = repaired(&name, &damaged);
+        let first = &said.0["problems"][0];
+        assert!(first["id"] == "node-unreadable" && first["text"].to_string().contains(btree.name()), "{name}: {said}");
+        assert!(shown(&image) == ground.shown, "{name}: something else is shown: {said}");
+        assert!(said.0["lost"].as_array().unwrap().is_empty(), "{name}: {said}");
+    }
+}
+
+/// All leaves of extents are lost, and one of inodes: what files beside that one had is lost, too, and no zeros; and where the last one is lost, the search for
+/// files ends.
+#[test]
+fn lost_leaves_of_extents_and_inodes() {
+    let ground = &*GROUND;
+    let inodes = ground.nodes(BtreeId::Inodes, 0);
+    assert!(inodes.len() > 1);
+    for (_, _, lost) in [inodes.first(), inodes.last()].into_iter().flatten() {
+        let mut damaged = ground.image.clone();
+        let extents = ground.nodes(BtreeId::Extents, 0);
+        for copy in extents.iter().flat_map(|(.., copies)| copies).chain(lost) {
+            damaged.write(*copy, &[0; 4096]);
+        }
+        let (image, said) = repaired("leaves of extents and inodes", &damaged);
+        let after = shown(&image);
+        let by_inode: BTreeMap<u64, &Shown> = after.values().map(|shown| (shown.inode, shown)).collect();
+        let mut found = 0;
+        for (path, before) in &ground.shown {
+            let Some(after) = by_inode.get(&before.inode) else { continue };
+            assert!(reads_as_before(after, before), "{path} reads as something that it never held: {said}");
+            found += 1;
+        }
+        assert!(found > 0, "{said}");
+    }
+}
+
 /// With little memory the names are looked at several times, and what is found is the same.
 #[test]
 fn windows_of_inodes_find_the_same() {

@@ -10,10 +10,11 @@ use coppicefs::btree::{NodeReader, walk_published};
 use coppicefs::device::{Image, PlanOptions, SimDevice, SimOptions, Snapshot};
 use coppicefs::env::Env;
 use coppicefs::filesystem::{Filesystem, OpenOptions, WorkerSet};
-use coppicefs::format::checkpoint::{MAP_PAGE_BYTES, RECORD_SLOT_BYTES, RECORD_SLOTS};
+use coppicefs::format::checkpoint::{Checkpoint, MAP_PAGE_BYTES, RECORD_SLOT_BYTES, RECORD_SLOTS};
 use coppicefs::format::extent::{DataExtent, ExtentValue};
 use coppicefs::format::journal::AccountingCounter;
 use coppicefs::format::namespace::{DirentBucket, Inode};
+use coppicefs::format::node::NodePointer;
 use coppicefs::format::space::{Bucket, BucketState};
 use coppicefs::format::superblock::copy_offsets;
 use coppicefs::format::{BtreeId, Position};
@@ -206,8 +207,27 @@ fn a_lost_map() {
         }
         Ok(())
     });
+    let mut without_roots = image.clone();
     destroy_maps(&mut image);
     assert!(survives("a lost map", &subject, &image) > 10);
+    destroy_roots(&mut without_roots, &[BtreeId::Snapshots, BtreeId::Buckets, BtreeId::FreeSpace]);
+    assert!(survives("lost roots of trees that follow from others", &subject, &without_roots) > 10);
+}
+
+/// Destroys the roots of some trees in every checkpoint that still has them.
+fn destroy_roots(image: &mut Image, trees: &[BtreeId]) {
+    let device = device_of(image.clone(), 1);
+    let superblock = Arc::new(coppicefs::recovery::superblock::read(&*device).unwrap().superblock);
+    let reader = NodeReader::new(superblock, vec![device as _], Arc::new(Metrics::default()));
+    for record in reader.checkpoints() {
+        for root in record.roots.iter().filter(|root| trees.iter().any(|tree| *tree as u8 == root.btree)) {
+            let alone = Checkpoint { roots: vec![root.clone()], map: Vec::new(), ..record.clone() };
+            if reader.verify(&alone).is_ok() {
+                let pointer = NodePointer::decode(&root.pointer).unwrap();
+                pointer.copies.iter().for_each(|copy| image.write(copy.offset, &[0x5a; 4096]));
+            }
+        }
+    }
 }
 
 /// Destroys the pages of all maps that a record names.

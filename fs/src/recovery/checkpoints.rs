@@ -135,7 +135,11 @@ fn choose_checkpoint(reader: &NodeReader, read_only: bool) -> Result<Opening> {
         Ok(opening) => return Ok(opening),
         Err(error) => error,
     };
-    let Some((_, record, problem)) = choose_without_map(reader) else { return Err(error) };
+    let Some((_, record, problem)) = choose_without_map(reader) else {
+        // What is wrong with the newest says more than what is wrong with one that is not kept.
+        let newest = reader.checkpoints().into_iter().next();
+        return Err(newest.and_then(|newest| reader.verify(&without_map(&newest)).err()).unwrap_or(error));
+    };
     if !read_only {
         return Err(match problem {
             Error::Corrupt(mut corruption) => {

@@ -1,4 +1,6 @@
-//! A node-space map that is lost: nothing can be written without it, and all that it says can be found by walking the trees.
+//! A node-space map that is lost: nothing can be written without it, and all that it says can be found by walking the trees. And roots of trees that are lost,
+//! where all that these say follows from others, or is known, or is work that is noted elsewhere, too: such trees begin anew, empty, and are filled by the
+//! ordinary repairs.
 //!
 //! Before anything is opened: the walked map becomes that of a new checkpoint record, which names what the newest one names otherwise. Its pages go where no
 //! kept record has any, and are durable before the record is written, as in a checkpoint; so a cut at any moment leaves the old state or the new one.
@@ -8,13 +10,13 @@ use std::sync::Arc;
 
 use coppicefs::btree::{NodeReader, walk_published};
 use coppicefs::device::BlockDevice;
-use coppicefs::format::BtreeId;
 use coppicefs::format::checkpoint::{
     Checkpoint, MAP_PAGE_BYTES, MAP_PAGE_ENTRIES, MapEntry, MapPageReference, RECORD_SLOT_BYTES, RECORD_SLOTS,
     encode_map_page,
 };
 use coppicefs::format::space::{Bucket, BucketState};
 use coppicefs::format::superblock::Superblock;
+use coppicefs::format::{BtreeId, Position};
 use coppicefs::metrics::Metrics;
 use coppicefs::recovery::{choose_without_map, superblock};
 use coppicefs::{Error, Result};
@@ -24,17 +26,31 @@ use crate::problem::Problem;
 /// Bytes of an area before the pages of maps.
 const PAGES_START: u64 = RECORD_SLOTS * RECORD_SLOT_BYTES as u64;
 
-/// A map that is lost in all copies, where the rest of its checkpoint can be used, and no other checkpoint.
+/// A map, or roots, that are lost in all copies, where the rest of their checkpoint can be used, and no other checkpoint.
 pub struct LostMap {
     superblock: Arc<Superblock>,
     reader: NodeReader,
+    /// Without the roots that are lost.
     record: Checkpoint,
     /// Number of the record that is to have the new map.
     number: u64,
-    reason: String,
+    problems: Vec<Problem>,
 }
 
-/// Looks whether the map is what keeps a filesystem from being opened.
+/// Trees that can begin anew.
+const RENEWABLE: [BtreeId; 9] = [
+    BtreeId::Buckets,
+    BtreeId::FreeSpace,
+    BtreeId::NeedDiscard,
+    BtreeId::Backpointers,
+    BtreeId::Devices,
+    BtreeId::Subvolumes,
+    BtreeId::Snapshots,
+    BtreeId::Orphans,
+    BtreeId::LoggedOperations,
+];
+
+/// Looks whether the map, or roots of trees that can begin anew, are what keeps a filesystem from being opened.
 ///
 /// # Errors
 /// Those of reading the superblock.
@@ -45,19 +61,47 @@ pub fn lost_map(devices: &[Arc<dyn BlockDevice>]) -> Result<Option<LostMap>> {
     if reader.choose_checkpoint().is_ok() {
         return Ok(None);
     }
-    let highest = reader.checkpoints().first().map_or(0, |record| record.number);
-    Ok(choose_without_map(&reader).map(|(index, record, problem)| {
+    let records = reader.checkpoints();
+    let highest = records.first().map_or(0, |record| record.number);
+    let found = match choose_without_map(&reader) {
+        Some((index, record, _)) => Some((index, record, Vec::new())),
+        None => records.iter().enumerate().find_map(|(index, record)| {
+            let (kept, problems) = without_renewable(&reader, record)?;
+            Some((index, kept, problems))
+        }),
+    };
+    Ok(found.map(|(index, record, mut problems)| {
+        if let Err(error) = reader.read_map(&record) {
+            problems.insert(0, Problem::NodeMapLost { number: record.number, reason: error.to_string() });
+        }
         // It goes over a record that cannot be used, not over one that is kept.
         let number = highest.saturating_add(if index == 0 { 1 } else { RECORD_SLOTS });
-        LostMap { superblock, reader, record, number, reason: problem.to_string() }
+        LostMap { superblock, reader, record, number, problems }
     }))
 }
 
+/// A checkpoint without the roots that are lost, if its trees can begin anew, and those roots.
+fn without_renewable(reader: &NodeReader, record: &Checkpoint) -> Option<(Checkpoint, Vec<Problem>)> {
+    let mut kept = Checkpoint { roots: Vec::new(), ..record.clone() };
+    let mut problems = Vec::new();
+    for root in &record.roots {
+        let alone = Checkpoint { roots: vec![root.clone()], map: Vec::new(), ..record.clone() };
+        let Err(error) = reader.verify(&alone) else {
+            kept.roots.push(root.clone());
+            continue;
+        };
+        let btree = RENEWABLE.into_iter().find(|btree| *btree as u8 == root.btree)?;
+        let (from, to, reason) = (Position::MIN, Position::MAX, error.to_string());
+        problems.push(Problem::NodeUnreadable { btree, level: root.level, from, to, reason });
+    }
+    Some((kept, problems))
+}
+
 impl LostMap {
-    /// As one of the table.
+    /// What is wrong, in terms of the table.
     #[must_use]
-    pub fn problem(&self) -> Problem {
-        Problem::NodeMapLost { number: self.record.number, reason: self.reason.clone() }
+    pub fn problems(&self) -> &[Problem] {
+        &self.problems
     }
 
     /// Makes the map again, and publishes it.

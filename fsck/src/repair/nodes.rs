@@ -1,5 +1,6 @@
 //! What the trees are made of: copies, lost nodes, the node-space map.
 
+use coppicefs::btree::Around;
 use coppicefs::filesystem::Filesystem;
 use coppicefs::format::extent::{DataExtent, EXTENT_BYTES_MAX, ExtentValue, LOST_BYTES_MAX};
 use coppicefs::format::namespace::Inode;
@@ -70,17 +71,15 @@ fn scan(
 ) -> Result<()> {
     let mut cursor = Some(from);
     while let Some(at) = cursor.filter(|at| *at <= to) {
-        match filesystem.forest().scan(btree, at, to, SCAN_KEYS) {
-            Ok(scan) => {
+        match filesystem.forest().scan_around(btree, at, to, SCAN_KEYS) {
+            Around::Keys(scan) => {
                 for (position, value) in &scan.keys {
                     visit(*position, value)?;
                 }
                 cursor = scan.covered_to.successor();
             }
-            Err(error) if error.is_media_error() => {
-                cursor = at.inode.checked_add(1).map(|inode| Position::new(inode, 0, 0));
-            }
-            Err(error) => return Err(error),
+            Around::Lost { error, .. } if !error.is_media_error() => return Err(error),
+            Around::Lost { to: last, .. } => cursor = last.successor(),
         }
     }
     Ok(())

@@ -172,3 +172,24 @@ pub fn lose_maps(image: &mut Image) -> BTreeMap<(u8, u64), u64> {
     }
     newest.into_iter().flatten().map(|entry| ((entry.device, entry.bucket), entry.used)).collect()
 }
+
+/// Destroys the root of a tree in every checkpoint that still has it, in all copies. Returns whether there was one.
+pub fn lose_root(image: &mut Image, btree: BtreeId) -> bool {
+    let device = device_of(image);
+    let superblock = Arc::new(superblock::read(&*device).unwrap().superblock);
+    let reader = NodeReader::new(superblock, vec![device as _], Arc::new(Metrics::default()));
+    let mut was_there = false;
+    for record in reader.checkpoints() {
+        for root in record.roots.iter().filter(|root| root.btree == btree as u8) {
+            // The slots of one that is not kept are others' by now.
+            let alone = Checkpoint { roots: vec![root.clone()], map: Vec::new(), ..record.clone() };
+            if reader.verify(&alone).is_err() {
+                continue;
+            }
+            let pointer = NodePointer::decode(&root.pointer).unwrap();
+            pointer.copies.iter().for_each(|copy| image.write(copy.offset, &[0x5a; 4096]));
+            was_there = true;
+        }
+    }
+    was_there
+}
