@@ -22,7 +22,7 @@ use crate::repair::Loss;
 use crate::repair::map::lost_map;
 use crate::report::{Report, Summary};
 use crate::session::{Outcome, Session};
-use crate::{damaged, passes, rebuild, session, small_trees};
+use crate::{damaged, passes, rebuild, session};
 
 /// Nothing is wrong.
 pub const EXIT_CLEAN: u8 = 0;
@@ -379,7 +379,7 @@ fn check_with_progress(arguments: &Arguments, filesystem: &Filesystem) -> Result
     let template = "{bar:30} {percent}% {msg} [{elapsed}, {eta} left]";
     let bar = bar(arguments, 0, template);
     let options = CheckOptions { memory_bytes: arguments.memory };
-    let report = small_trees::check_with(filesystem, &options, &|at: Progress| {
+    let report = passes::check_with(filesystem, &options, &|at: Progress| {
         bar.set_length(at.total);
         bar.set_position(at.done);
         bar.set_message(at.name);

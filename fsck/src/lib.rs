@@ -23,11 +23,9 @@ pub mod rebuild;
 pub mod repair;
 pub mod report;
 pub mod session;
-pub mod small_trees;
 pub mod state;
 
-pub use passes::CheckOptions;
+pub use passes::{CheckOptions, check, check_with};
 pub use problem::{Problem, Severity};
 pub use report::Report;
 pub use session::repair_all;
-pub use small_trees::{check, check_with};

@@ -16,6 +16,7 @@ mod inodes;
 mod nodes;
 mod orphans;
 mod scan;
+mod small_trees;
 mod superblock;
 mod xattrs;
 
@@ -88,6 +89,11 @@ pub const PASSES: &[Pass] = &[
         "States and counts of buckets, and the free-space and need-discard trees, are what extents and nodes say.",
         buckets::run,
     ),
+    once(
+        "small trees",
+        "The subvolumes, snapshots and devices trees hold what every filesystem has, and nothing else.",
+        small_trees::run,
+    ),
     once("accounting", "The global counters are the sums of what was found.", accounting::run),
 ];
 
@@ -138,7 +144,7 @@ pub fn node_cache_bytes(memory_bytes: u64) -> u64 {
 
 /// Fewest inodes of a window.
 const WINDOW_INODES_MIN: usize = 64;
-/// Trees whose leaves the passes read, each, but for the two that are named again: all but a few small ones.
+/// Trees whose leaves are read once, by the passes that they belong to.
 const READ_ONCE: &[BtreeId] = &[
     BtreeId::Inodes,
     BtreeId::Extents,
@@ -148,6 +154,9 @@ const READ_ONCE: &[BtreeId] = &[
     BtreeId::FreeSpace,
     BtreeId::NeedDiscard,
     BtreeId::Backpointers,
+    BtreeId::Subvolumes,
+    BtreeId::Snapshots,
+    BtreeId::Devices,
 ];
 /// Trees that are read for each window.
 const READ_FOR_EACH_WINDOW: &[BtreeId] = &[BtreeId::Dirents, BtreeId::Orphans];

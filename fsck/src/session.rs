@@ -142,7 +142,7 @@ fn turn(
 /// # Errors
 /// As [`run`], and those of opening.
 pub fn repair_all(devices: &[Arc<dyn BlockDevice>], options: &OpenOptions) -> Result<Outcome> {
-    let check = |filesystem: &Filesystem| crate::small_trees::check(filesystem, &|_, _, _, _| {});
+    let check = |filesystem: &Filesystem| crate::passes::check(filesystem, &|_, _, _, _| {});
     let lost_map = repair::map::lost_map(devices)?;
     if let Some(map) = &lost_map {
         map.repair(devices)?;

@@ -1,12 +1,11 @@
 //! Checks: every node that the newest checkpoint reaches, on each of its copies: header, chain of bsets, order and range of keys; and
-//! that the node-space map has exactly the slots of reachable nodes. The leaves of the trees that other passes go through are read, and checked in the
-//! same way, there ([`super::scan`]): here it is seen that no slot is used twice. Collects: buckets that hold nodes, and ranges of keys that are lost.
+//! that the node-space map has exactly the slots of reachable nodes. The leaves are read, and checked in the same way, by the passes that go through their
+//! trees ([`super::scan`]): here it is seen that no slot is used twice. Collects: buckets that hold nodes, and ranges of keys that are lost.
 
 use std::collections::{BTreeMap, HashMap};
 
 use coppicefs::Result;
 use coppicefs::btree::Walk;
-use coppicefs::format::BtreeId;
 use coppicefs::format::checkpoint::MapEntry;
 
 use super::scan::{Published, reader_of};
@@ -31,8 +30,7 @@ pub(super) fn run(checker: &mut Checker<'_>) -> Result<()> {
     let (bucket_bytes, node_bytes) = (u64::from(geometry.bucket_bytes), u64::from(geometry.node_bytes));
     let mut reachable = Slots::new();
     let mut leaf_bytes: HashMap<u8, u64> = HashMap::new();
-    let is_read_later = |btree: BtreeId| READ_ONCE.contains(&btree) || READ_FOR_EACH_WINDOW.contains(&btree);
-    let walk = Walk { reads: &|btree, level| level > 0 || !is_read_later(btree) };
+    let walk = Walk { reads: &|_, level| level > 0 };
     walk.run(&reader, &opening.newest, &mut |node| {
         checker.examine(1);
         for (address, _) in &node.copies {

@@ -8,26 +8,40 @@ use coppicefs::format::namespace::LoggedOperation;
 
 use super::Checker;
 use crate::problem::Problem;
+use crate::repair::orphan_position;
 
 pub(super) fn run(checker: &mut Checker<'_>) -> Result<()> {
     if checker.state.window.first == 0 {
         checker.for_each_batch(BtreeId::LoggedOperations, |checker, batch| {
             for (position, value) in batch.iter().flat_map(Keys::iter) {
-                if let Err(error) = LoggedOperation::decode(value) {
-                    checker.undecodable(BtreeId::LoggedOperations, position, &error);
+                let problem = match LoggedOperation::decode(value) {
+                    Ok(operation) => checker.filesystem.data().operation_problem(position, &operation),
+                    Err(error) => Some(error.to_string()),
+                };
+                if let Some(problem) = problem {
+                    checker.undecodable(BtreeId::LoggedOperations, position, &problem);
                 }
             }
             Ok(())
         })?;
     }
     checker.for_each_batch(BtreeId::Orphans, |checker, batch| {
-        for (position, _) in batch.iter().flat_map(Keys::iter) {
+        for (position, value) in batch.iter().flat_map(Keys::iter) {
             let inode = position.offset;
             if !checker.state.window.contains(inode) {
                 continue;
             }
+            if position != orphan_position(inode) {
+                checker.undecodable(BtreeId::Orphans, position, &"no deletion is noted there");
+                continue;
+            }
+            if !value.is_empty() {
+                checker.undecodable(BtreeId::Orphans, position, &format!("{} bytes, not 0", value.len()));
+                continue;
+            }
             checker.state.orphans.insert(inode);
-            match checker.state.inode(inode).map(|facts| facts.names) {
+            // Whoever deletes orphans leaves one alone that says that it has names: it would stay for ever.
+            match checker.state.inode(inode).map(|facts| facts.names.max(facts.link_count)) {
                 None => checker.report(Problem::OrphanDangling { inode }),
                 Some(0) => {}
                 Some(links) => checker.report(Problem::OrphanLinked { inode, links }),

@@ -1,6 +1,7 @@
 //! `fsck-coppice --rebuild`: asks, shows how far it is, and says what came of it.
 
 use std::io::IsTerminal;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -140,9 +141,9 @@ fn damaged_paths<'a>(filesystem: &Filesystem, ranges: impl Iterator<Item = &'a F
 
 fn ask(target: &str, report: &RebuildReport) -> bool {
     for line in report.describe() {
-        eprintln!("{target}: {line}");
+        complain!("{target}: {line}");
     }
-    eprint!("{target}: replace all metadata by this? [y/N] ");
+    let _ = write!(std::io::stderr(), "{target}: replace all metadata by this? [y/N] ");
     let mut answer = String::new();
     matches!(std::io::stdin().read_line(&mut answer), Ok(count) if count > 0)
         && matches!(answer.trim(), "y" | "Y" | "yes")
@@ -169,7 +170,7 @@ fn print(
         };
         match serde_json::to_string_pretty(&json) {
             Ok(json) => say!("{json}"),
-            Err(error) => eprintln!("fsck-coppice: {error}"),
+            Err(error) => complain!("fsck-coppice: {error}"),
         }
         return;
     }
@@ -238,7 +239,7 @@ impl Bars {
             Stage::Write => {
                 if self.is_shown && !self.is_told.swap(true, Ordering::Relaxed) {
                     self.clear();
-                    eprintln!("writing the new trees");
+                    complain!("writing the new trees");
                 }
             }
         }

@@ -95,7 +95,7 @@ pub fn run(arguments: &Arguments) -> u8 {
     match restore(arguments) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("coppice: {error:#}");
+            complain!("coppice: {error:#}");
             EXIT_OPERATIONAL
         }
     }
@@ -105,7 +105,7 @@ fn restore(arguments: &Arguments) -> anyhow::Result<u8> {
     let options = SalvageOptions { checkpoint: arguments.checkpoint, give_unverified: arguments.unverified };
     let salvage = Filesystem::open_salvage(&arguments.image, options)?;
     for warning in salvage.warnings() {
-        eprintln!("coppice: warning: {warning}");
+        complain!("coppice: warning: {warning}");
     }
     let target = Target::open(&arguments.directory, arguments.non_empty)?;
     let inodes = u64::try_from(salvage.totals().get(AccountingCounter::Inodes)).unwrap_or(0);

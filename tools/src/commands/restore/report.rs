@@ -112,22 +112,22 @@ impl Report {
         for damaged in &self.damaged {
             let Damaged { path, start, end, reason, .. } = damaged;
             let end = if *end == u64::MAX { "the end".to_owned() } else { end.to_string() };
-            println!("{path}: bytes {start} to {end} cannot be read, and are left as a hole: {reason}");
+            say!("{path}: bytes {start} to {end} cannot be read, and are left as a hole: {reason}");
         }
         for Damaged { path, start, end, reason, .. } in &self.unverified {
-            println!("{path}: bytes {start} to {end} are copied, but may not be the file's: {reason}");
+            say!("{path}: bytes {start} to {end} are copied, but may not be the file's: {reason}");
         }
         for Lost { path, reason } in &self.lost {
-            println!("{path}{}{reason}", if path.is_empty() { "" } else { ": " });
+            say!("{path}{}{reason}", if path.is_empty() { "" } else { ": " });
         }
         if !quiet {
             for note in &self.notes {
-                println!("{note}");
+                say!("{note}");
             }
             if self.further_notes > 0 {
-                println!("and {} more", self.further_notes);
+                say!("and {} more", self.further_notes);
             }
-            println!(
+            say!(
                 "{}: {} directories, {} files, {} symbolic links, {} others, {} more names, {} of data copied from checkpoint {}",
                 self.directory,
                 self.directories,
@@ -139,7 +139,7 @@ impl Report {
                 self.checkpoint
             );
             if !is_complete {
-                println!(
+                say!(
                     "{} ranges of files and {} other things are lost; {} ranges cannot be verified; {} inodes without a name are in lost+found",
                     self.damaged.len(),
                     self.lost.len(),
