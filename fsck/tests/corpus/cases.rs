@@ -646,7 +646,6 @@ pub const CASES: &[Case] = &[
             transaction.put(BtreeId::Orphans, Position::new(5, ground.inode(FILE), SNAPSHOT), Vec::new());
             Ok(())
         }),
-        follows: &["orphan-linked"],
         ..NOTHING
     },
     Case {
