@@ -4,7 +4,7 @@
 //! looked at in several *windows* of their numbers, and the passes over names and extents run once for each. Always kept are 8 bytes for each inode, 16 more
 //! for each directory (the graph that must reach the root), about 100 for each bucket in use, and the problems. Which extents share space is found by
 //! walking the backpointers in the order of the device, which takes no memory. The budget is also that of the nodes that are cached ([`node_cache_bytes`])
-//! and of the leaves that are read ahead ([`scan`]). Where the facts of all inodes fit, no tree but that of the buckets' is read twice.
+//! and of the leaves that are read ahead (`scan.rs`). Where the facts of all inodes fit, no tree is read twice.
 
 mod accounting;
 mod backpointers;

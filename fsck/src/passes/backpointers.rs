@@ -43,8 +43,15 @@ fn check_each(checker: &mut Checker<'_>) -> Result<()> {
     let mut others = Vec::new();
     for_each_expected(checker, |checker, position, data, pointer, place, expected| {
         let problem = match unless_damaged(checker.filesystem.forest().get(BtreeId::Backpointers, place))? {
-            Ok(Some(value)) if Backpointer::decode(&value).ok() == Some(expected) => return Ok(()),
-            Ok(Some(_)) => Some(Problem::BackpointerWrong { place, reason: format!("it is not that of {position}") }),
+            Ok(Some(value)) => match Backpointer::decode(&value) {
+                Ok(found) if found == expected => return Ok(()),
+                Ok(found) if found.position != position => {
+                    let reason = format!("it is not that of {position}");
+                    Some(Problem::BackpointerWrong { place, reason })
+                }
+                // It is told of when all backpointers are gone through.
+                _ => None,
+            },
             Ok(None) => Some(Problem::BackpointerMissing { extent: position, place }),
             Err(_) => None,
         };
@@ -137,10 +144,16 @@ fn wrong_backpointer(checker: &Checker<'_>, place: Position, value: &[u8]) -> Re
         Err(_) => return Ok(None),
     };
     let superblock = checker.filesystem.superblock();
-    let leads_back = matches!(&extent, Ok(ExtentValue::Data(data)) if data.pointers.iter().any(|pointer| {
-        backpointer_place(superblock, backpointer.position, data, pointer) == place
-    }));
-    Ok((!leads_back).then(|| format!("the extent that ends at {} is elsewhere", backpointer.position)))
+    let Ok(ExtentValue::Data(data)) = &extent else {
+        return Ok(Some(format!("the extent that ends at {} is not in a bucket", backpointer.position)));
+    };
+    let leads_back =
+        data.pointers.iter().any(|pointer| backpointer_place(superblock, backpointer.position, data, pointer) == place);
+    if !leads_back {
+        return Ok(Some(format!("the extent that ends at {} is elsewhere", backpointer.position)));
+    }
+    let (said, are) = (backpointer.disk_bytes, data.disk_bytes);
+    Ok((said != are).then(|| format!("it says {said} bytes, they are {are}")))
 }
 
 /// Where the backpointer of one copy of an extent stands: by the format's document, not by the code that writes it.

@@ -1,6 +1,6 @@
 //! Checks: every node that the newest checkpoint reaches, on each of its copies: header, chain of bsets, order and range of keys; and
 //! that the node-space map has exactly the slots of reachable nodes. The leaves are read, and checked in the same way, by the passes that go through their
-//! trees ([`super::scan`]): here it is seen that no slot is used twice. Collects: buckets that hold nodes, and ranges of keys that are lost.
+//! trees (`scan.rs`): here it is seen that no slot is used twice. Collects: buckets that hold nodes, and ranges of keys that are lost.
 
 use std::collections::{BTreeMap, HashMap};
 

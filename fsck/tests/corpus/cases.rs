@@ -417,7 +417,6 @@ pub const CASES: &[Case] = &[
             transaction.put(BtreeId::Backpointers, position, longer.encode());
             Ok(())
         }),
-        follows: &["extents-share-space"],
         ..NOTHING
     },
     Case {
