@@ -255,8 +255,10 @@ impl Data {
                 *slot = found.data().is_some() && !self.is_unchanged(found)?;
             }
         }
+        // Data that is wanted from the middle of a block on: inline data was looked up before it, and has become a block of the device since.
+        let block_bytes = u64::from(self.shape.block_bytes);
         segments.retain(|(index, segment)| {
-            let is_stale = stale.get(*index).copied().unwrap_or(false);
+            let is_stale = stale.get(*index).copied().unwrap_or(false) || !segment.offset.is_multiple_of(block_bytes);
             if is_stale {
                 attempted.again.push(segment.piece);
             }
@@ -589,6 +591,8 @@ impl Cursor<'_> {
                         Some(bytes) => head.buffer.copy_from_slice(bytes),
                         None => return Err(Error::Bug("inline data is shorter than its extent".into())),
                     }
+                    #[cfg(test)]
+                    super::tests::seam::reach("inline");
                 }
             }
         }

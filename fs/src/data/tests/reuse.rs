@@ -56,3 +56,21 @@ fn without_the_references_the_reuse_is_seen() {
     let (bytes, content, _) = read_while_reused("submitting", switches);
     assert!(bytes != content, "the test would not notice lost references");
 }
+
+/// The rest of its block was then wanted from the device, from a byte on that is none's of a block: EINVAL.
+#[test]
+fn inline_data_that_becomes_a_block_meanwhile_is_looked_up_again() {
+    let stack = Stack::new(options(Compression::NONE, ChecksumKind::None), 4);
+    let inode = stack.create(9);
+    stack.write(inode, &noise(700, 1), 0, 700);
+    let content = noise(2 * BLOCK as usize, 2);
+    let (filesystem, longer) = (Arc::clone(&stack.filesystem), content.clone());
+    seam::at("inline", move || {
+        let size = longer.len() as u64;
+        let commit = WriteCommit { size_limit: &|| size, update_inode: &|_| {} };
+        let run = WriteRun { offset: 0, data: longer.chunks(16 << 10).collect() };
+        let reservation = filesystem.space().reserve(size).unwrap();
+        filesystem.data().write(inode, &[run], reservation, commit).unwrap();
+    });
+    assert_eq!(stack.read(inode, 0, content.len() as u64), content);
+}
