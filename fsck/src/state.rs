@@ -270,12 +270,6 @@ impl State {
     }
 
     /// Facts about an inode of the window.
-    pub fn inode_mut(&mut self, inode: u64) -> Option<&mut InodeFacts> {
-        let found = self.facts.binary_search_by_key(&inode, |facts| facts.inode).ok()?;
-        self.facts.get_mut(found)
-    }
-
-    /// Facts about an inode of the window.
     #[must_use]
     pub fn inode(&self, inode: u64) -> Option<&InodeFacts> {
         let found = self.facts.binary_search_by_key(&inode, |facts| facts.inode).ok()?;

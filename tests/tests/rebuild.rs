@@ -295,17 +295,8 @@ fn write_file(device: &Arc<SimDevice>, name: &str, bytes: &[u8]) {
     let vfs = filesystem.vfs();
     let (entry, opened) = vfs.create(&CALLER, 1, OsStr::new(name), 0o100_644, 2).unwrap();
     for (index, data) in bytes.chunks(128 << 10).enumerate() {
-        let request = WriteRequest {
-            node: entry.attributes.node,
-            handle: opened.handle,
-            offset: (index * (128 << 10)) as u64,
-            data,
-            direct: false,
-            append: false,
-            synchronous: false,
-            from_page_cache: false,
-            clear_set_id: false,
-        };
+        let offset = (index * (128 << 10)) as u64;
+        let request = WriteRequest::new(entry.attributes.node, opened.handle, offset, data);
         assert_eq!(vfs.write(&CALLER, &request).unwrap() as usize, data.len());
     }
     vfs.release(entry.attributes.node, opened.handle).unwrap();

@@ -478,14 +478,7 @@ fn everything_readable_is_restored() {
     fs::write(site.mnt().join("and this"), b"x").unwrap();
     site.sync();
     site.crash();
-    {
-        let target = Target::open(&site.image());
-        let bucket_bytes = u64::from(target.superblock.geometry.bucket_bytes);
-        let newest = target.checkpoints().remove(0);
-        for ring in &target.superblock.layout.journal {
-            target.destroy(ring.first * bucket_bytes + newest.first_replay_offset, 4096);
-        }
-    }
+    destroy_start_of_journal(&site);
     let refused = finish(site.coppice(&["mount"]).arg(site.image()).arg(site.mnt())).unwrap();
     assert!(!refused.status.success(), "a damaged journal is no end");
     let (_, report, to) = restore(&site, &[]);
@@ -576,14 +569,7 @@ fn data_that_nothing_verifies_is_given_only_where_it_is_asked_for() {
             site.sync();
         }
         site.crash();
-        {
-            let target = Target::open(&site.image());
-            let bucket_bytes = u64::from(target.superblock.geometry.bucket_bytes);
-            let newest = target.checkpoints().remove(0);
-            for ring in &target.superblock.layout.journal {
-                target.destroy(ring.first * bucket_bytes + newest.first_replay_offset, 4096);
-            }
-        }
+        destroy_start_of_journal(&site);
         let is_whole =
             |to: &Path, number: u32| fs::read(to.join(format!("file{number}"))).unwrap() == stamped(number, 1, 20);
         let (code, report, to) = restore(&site, &[]);
@@ -783,4 +769,14 @@ fn nothing_that_an_image_says_leads_outside() {
     assert_eq!(fs::read(to.join("file")).unwrap(), b"payload");
     assert_eq!(fs::read(to.join("folder/inner")).unwrap(), b"inner");
     assert!(fs::symlink_metadata(to.join(".._escaped")).is_ok(), "{report}");
+}
+
+/// Destroys what the next mount must replay first, in all copies.
+fn destroy_start_of_journal(site: &Site) {
+    let target = Target::open(&site.image());
+    let bucket_bytes = u64::from(target.superblock.geometry.bucket_bytes);
+    let newest = target.checkpoints().remove(0);
+    for ring in &target.superblock.layout.journal {
+        target.destroy(ring.first * bucket_bytes + newest.first_replay_offset, 4096);
+    }
 }

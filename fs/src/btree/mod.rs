@@ -69,7 +69,7 @@ pub use reader::NodeReader;
 pub use repair::UsedSlots;
 pub use salvage::{NodeSummary, may_be_node, salvage_keys, summarise};
 pub use scrub::{CheckpointHold, NodeCursor, ScrubFinding, Scrubbed};
-pub use walk::{LeafRange, PublishedNode, Walk, stream_leaves, walk_published};
+pub use walk::{LeafRange, PublishedNode, stream_leaves, walk_interior, walk_published};
 
 use cache::NodeCache;
 use checkpoint::Kept;

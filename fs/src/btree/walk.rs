@@ -56,13 +56,6 @@ impl PublishedNode {
     }
 }
 
-/// What a walk does.
-pub struct Walk<'a> {
-    /// Whether the nodes of a tree and level are read. Others are visited unread, with no keys and their copies taken for good if there can be such: only
-    /// leaves can be left out, since what is below others would not be found.
-    pub reads: &'a dyn Fn(BtreeId, u8) -> bool,
-}
-
 /// Calls `visitor` for each node that `checkpoint` reaches, parents before children. A node that cannot be read is reported, and its
 /// children are left out. A slot that two pointers lead to is visited as damaged the second time: the walk ends on any input.
 ///
@@ -73,49 +66,55 @@ pub fn walk_published(
     checkpoint: &Checkpoint,
     visitor: &mut dyn FnMut(&PublishedNode) -> Result<()>,
 ) -> Result<()> {
-    Walk { reads: &|_, _| true }.run(reader, checkpoint, visitor)
+    walk(reader, checkpoint, true, visitor)
 }
 
-impl Walk<'_> {
-    /// As [`walk_published`].
-    ///
-    /// # Errors
-    /// As [`walk_published`].
-    pub fn run(
-        &self,
-        reader: &NodeReader,
-        checkpoint: &Checkpoint,
-        visitor: &mut dyn FnMut(&PublishedNode) -> Result<()>,
-    ) -> Result<()> {
-        let spare: Arc<SpareBuffers> = Arc::default();
-        let mut seen: HashSet<NodeAddress> = HashSet::new();
-        let mut stack = Vec::new();
-        for root in checkpoint.roots.iter().rev() {
-            stack.push(root_of(root)?);
-        }
-        while !stack.is_empty() {
-            let mut batch = Vec::new();
-            let mut bytes = 0;
-            while bytes < WALK_BYTES
-                && let Some((pointer, expected)) = stack.pop()
-            {
-                let is_read = expected.level > 0 || (self.reads)(expected.btree, expected.level);
-                bytes += if is_read { pointer.written_bytes as usize * pointer.copies.len() } else { 0 };
-                batch.push((is_read, pointer, expected));
-                if !is_read && batch.len() >= WALK_NODES {
-                    break;
-                }
-            }
-            let nodes = read_batch(reader, batch, &mut seen, &spare)?;
-            for node in &nodes {
-                visitor(node)?;
-            }
-            for node in nodes.iter().rev() {
-                push_children(node, &mut stack)?;
-            }
-        }
-        Ok(())
+/// As [`walk_published`], but leaves are not read: they are visited with no keys, and their copies taken for good if there can be such.
+///
+/// # Errors
+/// As [`walk_published`].
+pub fn walk_interior(
+    reader: &NodeReader,
+    checkpoint: &Checkpoint,
+    visitor: &mut dyn FnMut(&PublishedNode) -> Result<()>,
+) -> Result<()> {
+    walk(reader, checkpoint, false, visitor)
+}
+
+fn walk(
+    reader: &NodeReader,
+    checkpoint: &Checkpoint,
+    reads_leaves: bool,
+    visitor: &mut dyn FnMut(&PublishedNode) -> Result<()>,
+) -> Result<()> {
+    let spare: Arc<SpareBuffers> = Arc::default();
+    let mut seen: HashSet<NodeAddress> = HashSet::new();
+    let mut stack = Vec::new();
+    for root in checkpoint.roots.iter().rev() {
+        stack.push(root_of(root)?);
     }
+    while !stack.is_empty() {
+        let mut batch = Vec::new();
+        let mut bytes = 0;
+        while bytes < WALK_BYTES
+            && let Some((pointer, expected)) = stack.pop()
+        {
+            let is_read = expected.level > 0 || reads_leaves;
+            bytes += if is_read { pointer.written_bytes as usize * pointer.copies.len() } else { 0 };
+            batch.push((is_read, pointer, expected));
+            if !is_read && batch.len() >= WALK_NODES {
+                break;
+            }
+        }
+        let nodes = read_batch(reader, batch, &mut seen, &spare)?;
+        for node in &nodes {
+            visitor(node)?;
+        }
+        for node in nodes.iter().rev() {
+            push_children(node, &mut stack)?;
+        }
+    }
+    Ok(())
 }
 
 fn root_of(root: &Root) -> Result<(NodePointer, Expected)> {

@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use coppicefs::Result;
-use coppicefs::btree::Walk;
+use coppicefs::btree::walk_interior;
 use coppicefs::format::checkpoint::MapEntry;
 
 use super::scan::{Published, reader_of};
@@ -30,8 +30,7 @@ pub(super) fn run(checker: &mut Checker<'_>) -> Result<()> {
     let (bucket_bytes, node_bytes) = (u64::from(geometry.bucket_bytes), u64::from(geometry.node_bytes));
     let mut reachable = Slots::new();
     let mut leaf_bytes: HashMap<u8, u64> = HashMap::new();
-    let walk = Walk { reads: &|_, level| level > 0 };
-    walk.run(&reader, &opening.newest, &mut |node| {
+    walk_interior(&reader, &opening.newest, &mut |node| {
         checker.examine(1);
         for (address, _) in &node.copies {
             let slot = u32::try_from(address.offset % bucket_bytes / node_bytes).unwrap_or(u32::MAX);
