@@ -100,7 +100,8 @@ impl Forest {
     /// Keeps checkpoints away. `None` if one is running.
     #[must_use]
     pub fn hold_checkpoints(&self) -> Option<CheckpointHold<'_>> {
-        self.try_begin().then_some(CheckpointHold(self))
+        // Made only if it is one: what is dropped lets checkpoints begin, beside one that is running.
+        self.try_begin().then(|| CheckpointHold(self))
     }
 
     /// Nodes of all trees.

@@ -39,3 +39,21 @@ fn commits_beyond_the_dirty_cap_wait_for_the_worker() {
     assert_eq!(all_keys(&forest, BtreeId::Extents, 100).len(), 4000);
     env.unregister_all();
 }
+
+/// Asking for a hold in vain took the mark away from the checkpoint that was running: the next one ran beside it, and a scrub took what was not written
+/// yet for damage.
+#[test]
+fn a_hold_that_is_refused_changes_nothing() {
+    let device: Arc<dyn BlockDevice> = Arc::new(MemDevice::new(SIZE_BYTES));
+    let world = World::new(device, 2, 1 << 20);
+    let forest = &world.forest;
+    assert!(forest.try_begin(), "nothing is running");
+    assert!(forest.hold_checkpoints().is_none());
+    assert!(forest.hold_checkpoints().is_none(), "it is still running");
+    assert!(!forest.try_begin());
+    forest.checkpoint_running.store(false, Ordering::Release);
+    let hold = forest.hold_checkpoints();
+    assert!(hold.is_some() && forest.hold_checkpoints().is_none() && !forest.try_begin());
+    drop(hold);
+    assert!(forest.try_begin());
+}
