@@ -192,8 +192,7 @@ pub(crate) fn orphan_position(inode: u64) -> Position {
     Position::new(0, inode, SnapshotId::ROOT.0)
 }
 
-/// Where an inode's key stands.
-pub(crate) fn inode_position(inode: u64) -> Position {
+fn inode_position(inode: u64) -> Position {
     Position::new(inode, 0, SnapshotId::ROOT.0)
 }
 
