@@ -35,6 +35,7 @@ use coppicefs_tests::operation::Operation;
 use coppicefs_tests::regions::{Region, regions};
 use rand_xoshiro::Xoshiro256PlusPlus;
 use rand_xoshiro::rand_core::{Rng, SeedableRng};
+use rustix::io::Errno;
 
 const DEVICE_BYTES: u64 = 16 << 20;
 const SECTOR_BYTES: u64 = 512;
@@ -172,7 +173,11 @@ impl Walk<'_> {
 
     fn file(&mut self, path: &Path, attributes: &Attributes) {
         let (vfs, node) = (self.vfs, attributes.node);
-        let Some(opened) = self.note(path, vfs.open(&CALLER, node, 2)) else { return };
+        let for_writing = vfs.open(&CALLER, node, 2);
+        // Flags that were changed are flags: this one may not be written to.
+        let is_protected = matches!(for_writing, Err(Error::Posix(Errno::PERM)));
+        let opened = if is_protected { vfs.open(&CALLER, node, 0) } else { for_writing };
+        let Some(opened) = self.note(path, opened) else { return };
         // A size that is not so is not read to its end.
         let mut content = Vec::new();
         for offset in (0..attributes.size_bytes.min(256 << 10)).step_by(READ_BYTES as usize) {
@@ -188,18 +193,10 @@ impl Walk<'_> {
         // By another name it was read before it was written to.
         self.contents.entry(node).or_insert(content);
         let data = [7; 5000];
-        let request = WriteRequest {
-            node,
-            handle: opened.handle,
-            offset: 3000,
-            data: &data,
-            direct: false,
-            append: false,
-            synchronous: false,
-            from_page_cache: false,
-            clear_set_id: false,
-        };
-        self.note(path, vfs.write(&CALLER, &request).map(|_| ()));
+        let request = WriteRequest::new(node, opened.handle, 3000, &data);
+        if !is_protected {
+            self.note(path, vfs.write(&CALLER, &request).map(|_| ()));
+        }
         self.note(path, vfs.fsync(&CALLER, node, opened.handle, false));
         self.note(path, vfs.release(node, opened.handle));
     }
