@@ -29,12 +29,20 @@ pub struct Site {
 /// # Panics
 /// If it is not there.
 pub fn program() -> PathBuf {
+    built("coppice")
+}
+
+/// A built program of the workspace. Cargo builds a package's programs for that package's own integration tests, which `cargo test --workspace` includes.
+///
+/// # Panics
+/// If it is not there.
+pub fn built(name: &str) -> PathBuf {
     let test = std::env::current_exe().expect("the test's own path");
     let profile = test.ancestors().nth(2).expect("target/<profile>/deps/<test>");
-    let program = profile.join("coppice");
+    let program = profile.join(name);
     assert!(
         program.exists(),
-        "{} is not built: run `cargo test --workspace`, or `cargo build -p coppicefs-tools` first",
+        "{} is not built: run `cargo test --workspace`, or `cargo build --workspace` first",
         program.display()
     );
     program

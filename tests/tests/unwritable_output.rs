@@ -2,12 +2,13 @@
 //!
 //! A reader who has gone (`| head -1`, also `2>&1 | head -1`) changes no exit code. On `/dev/full` they say in one line what went wrong,
 //! and end with the code of a failure. `println!` would have panicked, and `coppice stats --watch` must end at all.
+//! (`mkfs/tests/program.rs` does the same for `mkfs-coppice`, which is built for its own tests only.)
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use coppicefs_tests::mount::{Site, command, program, run};
+use coppicefs_tests::mount::{Site, built, command, run};
 
 /// Who prints what, and how it ends when that cannot be written. All end with 0 when it can.
 struct Case<'a> {
@@ -32,7 +33,7 @@ impl Case<'_> {
     fn command(&self, site: &Site) -> Command {
         let path = match self.program {
             "coppice-crash" => PathBuf::from(env!("CARGO_BIN_EXE_coppice-crash")),
-            name => program().with_file_name(name),
+            name => built(name),
         };
         let mut command = command(path);
         command.args(self.words).args(self.paths).current_dir(site.path(""));
@@ -100,9 +101,6 @@ fn whatever_is_printed_of_an_image() {
         case("fsck-coppice", &["-n", "--json"], &[image], 8),
         case("fsck-coppice", &["--list-damaged"], &[image], 8),
         case("fsck-coppice", &["--list-damaged", "--json"], &[image], 8),
-        case("mkfs-coppice", &["--version"], &[], 1),
-        case("mkfs-coppice", &["-n", "-f"], &[image], 1),
-        case("mkfs-coppice", &["-f", "--size", "64M"], &[fresh], 1),
         case("mount-coppice", &["--help"], &[], 32),
         case("coppice-crash", &["--help"], &[], 3),
         case("coppice-crash", &["--list"], &[], 3),
