@@ -8,7 +8,7 @@
 //! Standard output belongs to the process, and so does what is kept here. No lock but that of the stream, for one line.
 
 use std::fmt::Arguments;
-use std::io::{self, ErrorKind, Write};
+use std::io::{self, ErrorKind, IsTerminal, Write};
 use std::process::ExitCode;
 use std::sync::OnceLock;
 
@@ -45,6 +45,17 @@ pub fn keep(outcome: io::Result<()>) {
 #[must_use]
 pub fn is_wanted() -> bool {
     FAILURE.get().is_none()
+}
+
+/// From here on warnings (a wait for a daemon that is finishing, a damaged copy) go to standard error. For a program, at its start.
+pub fn warn_on_terminal() {
+    let _ = tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::WARN)
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal())
+        .without_time()
+        .with_target(false)
+        .try_init();
 }
 
 /// What `say!` does.

@@ -201,7 +201,7 @@ fn run_checked(arguments: &Arguments, target: &str) -> Result<u8> {
         if mode != Mode::NoChanges && !was_closed {
             open(arguments, &device, false, KnownInUse::default())?.close()?;
         }
-        let mut outcome = Outcome { report, ..Outcome::default() };
+        let mut outcome = Outcome { report: report.clone(), last: report, ..Outcome::default() };
         outcome.repaired_before(before);
         let code = if outcome.problems.is_empty() { EXIT_CLEAN } else { exit_code(mode, &outcome) };
         print_report(arguments, target, mode, &outcome, &[], code);
@@ -389,7 +389,7 @@ fn check_with_progress(arguments: &Arguments, filesystem: &Filesystem) -> Result
 }
 
 fn print_report(arguments: &Arguments, target: &str, mode: Mode, outcome: &Outcome, lost: &[Damaged], code: u8) {
-    let report = &outcome.report;
+    let report = if mode == Mode::NoChanges { &outcome.report } else { &outcome.last };
     if arguments.json {
         let repaired = if mode == Mode::NoChanges { 0 } else { outcome.repaired };
         let summary = Summary { target, problems: &outcome.problems, lost, repaired, exit_code: code };

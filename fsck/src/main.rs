@@ -21,6 +21,7 @@ struct Command {
 }
 
 fn main() -> ExitCode {
+    output::warn_on_terminal();
     let code = match Command::try_parse() {
         Ok(command) => ExitCode::from(run(&command.arguments)),
         Err(error) if error.use_stderr() => {

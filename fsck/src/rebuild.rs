@@ -396,5 +396,5 @@ pub fn finish(
     let closed = filesystem.close();
     visited?;
     closed?;
-    Ok(Finished { report: Report { problems: outcome.left, ..outcome.report }, repaired: outcome.repaired })
+    Ok(Finished { report: Report { problems: outcome.left, ..outcome.last }, repaired: outcome.repaired })
 }

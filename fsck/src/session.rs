@@ -23,8 +23,10 @@ const ROUNDS_MAX: usize = 24;
 /// What a run came to.
 #[derive(Debug, Default)]
 pub struct Outcome {
-    /// The first check's report, but for its problems.
+    /// The first check's report, but for its problems: what was found.
     pub report: Report,
+    /// The last check's, but for its problems: what is there at the end.
+    pub last: Report,
     /// What was found and was, or could have been, repaired at its turn; then what is left.
     pub problems: Vec<Problem>,
     /// How many problems were repaired.
@@ -72,7 +74,7 @@ pub fn run(filesystem: &Filesystem, first: Option<Report>, session: &mut Session
     let mut before: Vec<Problem> = Vec::new();
     let mut next = first;
     for round in 0..ROUNDS_MAX {
-        let report = match next.take() {
+        let mut report = match next.take() {
             Some(report) => report,
             None => (session.check)()?,
         };
@@ -94,7 +96,8 @@ pub fn run(filesystem: &Filesystem, first: Option<Report>, session: &mut Session
             outcome.report = Report { problems: Vec::new(), ..report.clone() };
         }
         if is_last {
-            outcome.left = report.problems;
+            outcome.left = std::mem::take(&mut report.problems);
+            outcome.last = report;
             break;
         }
         let repairs = repair::repair(filesystem, &report, &chosen)?;

@@ -48,13 +48,18 @@ impl std::fmt::Display for Said {
     }
 }
 
-/// Runs the program. Its exit code, and what it says as JSON.
+/// Runs the program. Its exit code, and what it says as JSON. What it warns of it warns of once each time that it opens something.
 fn fsck(image: &Path, mode: &str) -> (i32, Said) {
     let output = Command::new("timeout")
         .args(["60", env!("CARGO_BIN_EXE_fsck-coppice"), mode, "--json"])
         .arg(image)
         .output()
         .unwrap();
+    let warnings = String::from_utf8(output.stderr.clone()).unwrap();
+    let mut copies: Vec<&str> = warnings.lines().filter(|line| line.contains("copy ")).collect();
+    copies.sort_unstable();
+    let often: Vec<_> = copies.windows(16).filter(|lines| lines[0] == lines[15]).collect();
+    assert!(often.is_empty(), "{mode}: told again and again: {often:#?}");
     let said = String::from_utf8(output.stdout).unwrap();
     let said = serde_json::from_str(&said)
         .unwrap_or_else(|error| panic!("{error}: {said}{}", String::from_utf8_lossy(&output.stderr)));
@@ -76,6 +81,9 @@ fn repaired(name: &str, damaged: &Image) -> (Image, Said) {
     }
     let (code, clean) = fsck(&file, "-n");
     assert_eq!(code, 0, "{name}: -n after -y: {clean}; it was {said}");
+    for counted in ["directories", "regular_files", "symbolic_links", "other_files", "data_bytes"] {
+        assert_eq!(said.0[counted], clean.0[counted], "{name}: {counted} as -y tells it, and as it is: {said}");
+    }
     (Image::from_file(&file).unwrap(), said)
 }
 

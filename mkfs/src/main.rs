@@ -17,6 +17,7 @@ struct Command {
 }
 
 fn main() -> ExitCode {
+    output::warn_on_terminal();
     let code = match Command::try_parse() {
         Ok(command) => make(&command.arguments),
         Err(error) if error.use_stderr() => {

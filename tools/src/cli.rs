@@ -1,7 +1,6 @@
 //! The command line of `coppice`: one definition gives parser, help, man page and completions.
 
 use std::ffi::OsString;
-use std::io::IsTerminal;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -121,14 +120,14 @@ fn run(cli: Cli) -> ExitCode {
     let (code, unwritten) = match cli.command {
         Command::Mount(command) => return mount::run(&command, image::open),
         Command::Fsck(arguments) => {
-            log_to_terminal();
+            output::warn_on_terminal();
             (coppicefs_fsck::cli::run(&arguments), coppicefs_fsck::cli::EXIT_OPERATIONAL)
         }
         Command::Scrub(arguments) => (scrub::run(&arguments), scrub::EXIT_OPERATIONAL),
         // It says itself what cannot be read.
         Command::Restore(arguments) => (restore::run(&arguments), restore::EXIT_OPERATIONAL),
         command => {
-            log_to_terminal();
+            output::warn_on_terminal();
             let outcome = run_simple(command);
             if let Err(error) = &outcome {
                 complain!("coppice: {error:#}");
@@ -162,17 +161,6 @@ fn run_simple(command: Command) -> anyhow::Result<()> {
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Mount(_) | Command::Fsck(_) | Command::Restore(_) | Command::Scrub(_) => Ok(()),
     }
-}
-
-/// Warnings (a wait for a daemon that is finishing, a damaged copy) go to standard error.
-fn log_to_terminal() {
-    let _ = tracing_subscriber::fmt()
-        .with_max_level(tracing::Level::WARN)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .without_time()
-        .with_target(false)
-        .try_init();
 }
 
 #[cfg(test)]

@@ -1,4 +1,7 @@
-//! Reading nodes from the devices: one, of which the first good copy wins, or many at once with all their copies. No locks.
+//! Reading nodes from the devices: one, of which the first good copy wins, or many at once with all their copies. A copy that cannot be used is
+//! warned of once. No locks but that of what was warned of, for a moment.
+
+use std::collections::HashSet;
 
 use rayon::prelude::*;
 use smallvec::SmallVec;
@@ -9,7 +12,7 @@ use crate::format::node::{NodeAddress, NodePointer};
 use crate::format::superblock::Superblock;
 use crate::memory::AlignedBuffer;
 use crate::metrics::Metrics;
-use crate::sync::Arc;
+use crate::sync::{Arc, Mutex};
 
 use super::image::{self, Decoded, Expected, Image};
 use super::keys::{Keys, SpareBuffers};
@@ -20,13 +23,18 @@ pub struct NodeReader {
     pub(super) superblock: Arc<Superblock>,
     pub(super) devices: Vec<Arc<dyn BlockDevice>>,
     pub(super) metrics: Arc<Metrics>,
+    /// Copies that were warned of, with the checksum that was expected.
+    told: Arc<Mutex<HashSet<(NodeAddress, u32)>>>,
 }
+
+/// Copies that are warned of one by one.
+const TOLD_MAX: usize = 10_000;
 
 impl NodeReader {
     /// A reader over the devices, in the order of the superblock's members.
     #[must_use]
     pub fn new(superblock: Arc<Superblock>, devices: Vec<Arc<dyn BlockDevice>>, metrics: Arc<Metrics>) -> Self {
-        Self { superblock, devices, metrics }
+        Self { superblock, devices, metrics, told: Arc::default() }
     }
 
     pub(super) fn device(&self, address: NodeAddress) -> Result<&Arc<dyn BlockDevice>> {
@@ -63,6 +71,20 @@ impl NodeReader {
         Ok(buffer)
     }
 
+    /// Whether this copy was not warned of so far. Damage that no cache holds is met again and again.
+    fn is_news(&self, pointer: &NodePointer, copy: NodeAddress) -> bool {
+        let mut told = self.told.lock();
+        let is_news = told.len() < TOLD_MAX && told.insert((copy, pointer.last_checksum));
+        let is_last = is_news && told.len() == TOLD_MAX;
+        drop(told);
+        if is_last {
+            tracing::warn!(
+                "{TOLD_MAX} copies of nodes cannot be used: further ones are counted, and not told one by one"
+            );
+        }
+        is_news
+    }
+
     /// Reads a node. The flag says that a copy before the one that was used is bad.
     ///
     /// # Errors
@@ -78,7 +100,9 @@ impl NodeReader {
                     return Ok((image, index > 0));
                 }
                 Err(error) => {
-                    tracing::warn!("copy {index} of node {} cannot be used: {error}", pointer.node);
+                    if self.is_news(pointer, copy) {
+                        tracing::warn!("copy {index} of node {} cannot be used: {error}", pointer.node);
+                    }
                     last_error = error;
                 }
             }
