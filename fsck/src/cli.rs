@@ -67,7 +67,7 @@ pub struct Arguments {
     /// bytes for each inode, 16 more for each directory and 100 for each bucket in use come on top
     #[arg(long, value_name = "SIZE", value_parser = parse_memory, default_value = "512M")]
     pub memory: u64,
-    /// Read all file data, list the ranges of files that cannot be read, and do nothing else
+    /// Read all file data, list the ranges of files that cannot be read, and do nothing else; where the trees are damaged, too, as -y would leave them
     #[arg(long, conflicts_with_all = ["preen", "yes"])]
     pub list_damaged: bool,
     /// For images whose superblocks, checkpoints or roots are lost
@@ -184,10 +184,13 @@ fn run_checked(arguments: &Arguments, target: &str) -> Result<u8> {
         Err(error) if error.is_media_error() => return Ok(unopenable(arguments, target, &device, &error)),
         Err(error) => return Err(error),
     };
-    let outcome = if arguments.list_damaged {
-        list_damaged(arguments, target, &filesystem).map(Err)
-    } else {
-        check_with_progress(arguments, &filesystem).map(Ok)
+    let listed = arguments.list_damaged.then(|| list_damaged(arguments, target, &filesystem, 0));
+    let outcome = match listed {
+        // Which files a lost node of the trees is about is found by a repair, in memory.
+        Some(Err(error)) if error.is_media_error() => check_with_progress(arguments, &filesystem)
+            .and_then(|report| if report.is_clean() { Err(error) } else { Ok(Ok(report)) }),
+        Some(listed) => listed.map(Err),
+        None => check_with_progress(arguments, &filesystem).map(Ok),
     };
     let was_closed = filesystem.opening().newest.clean && filesystem.replayed().records == 0;
     let closed = filesystem.close();
@@ -210,6 +213,11 @@ fn run_checked(arguments: &Arguments, target: &str) -> Result<u8> {
     let device = if mode == Mode::NoChanges { Arc::new(Overlay::new(device)) as _ } else { device };
     let filesystem = open(arguments, &device, false, report.known_in_use.clone())?;
     let outcome = rounds(arguments, target, mode, &filesystem, report);
+    if arguments.list_damaged {
+        let code = outcome.and_then(|outcome| list_after(arguments, target, &filesystem, &outcome));
+        filesystem.close()?;
+        return code;
+    }
     let lost = outcome.as_ref().map_or(Ok(Vec::new()), |outcome| lost(&filesystem, outcome));
     let closed = filesystem.close();
     let mut outcome = outcome?;
@@ -231,10 +239,9 @@ fn with_map(
     device: Arc<dyn BlockDevice>,
 ) -> Result<std::result::Result<Prepared, u8>> {
     let lost = lost_map(std::slice::from_ref(&device))?;
-    // Reading takes no map.
-    let Some(lost) = lost.filter(|_| !arguments.list_damaged) else { return Ok(Ok((device, Vec::new()))) };
+    let Some(lost) = lost else { return Ok(Ok((device, Vec::new()))) };
     let problems = lost.problems().to_vec();
-    if !arguments.json {
+    if !arguments.json && !arguments.list_damaged {
         problems.iter().for_each(|problem| say!("{target}: {}: {}", problem.id(), problem.describe()));
     }
     if mode.choose(&problems, &mut Vec::new()).len() < problems.len() {
@@ -306,7 +313,7 @@ fn rounds(arguments: &Arguments, target: &str, mode: Mode, filesystem: &Filesyst
         check: &mut || check_with_progress(arguments, filesystem),
         choose: &mut |problems| mode.choose(problems, &mut declined),
         found: &mut |problem| {
-            if !arguments.json {
+            if !arguments.json && !arguments.list_damaged {
                 say!("{target}: {}: {}", problem.id(), problem.describe());
             }
         },
@@ -324,14 +331,24 @@ fn lost(filesystem: &Filesystem, outcome: &Outcome) -> Result<Vec<Damaged>> {
     outcome.losses.iter().map(with_path).collect()
 }
 
-fn list_damaged(arguments: &Arguments, target: &str, filesystem: &Filesystem) -> Result<u8> {
+/// Lists them where the trees were damaged, too, and are repaired in memory.
+fn list_after(arguments: &Arguments, target: &str, filesystem: &Filesystem, outcome: &Outcome) -> Result<u8> {
+    if outcome.needs_rebuild() {
+        print_report(arguments, target, Mode::NoChanges, outcome, &[], EXIT_OPERATIONAL);
+        return Ok(EXIT_OPERATIONAL);
+    }
+    list_damaged(arguments, target, filesystem, outcome.problems.len())
+}
+
+/// `problems` of the trees are repaired in memory alone.
+fn list_damaged(arguments: &Arguments, target: &str, filesystem: &Filesystem, problems: usize) -> Result<u8> {
     let bar = bar(arguments, logical_bytes(filesystem), "{bar:30} {bytes} of {total_bytes} [{elapsed}, {eta} left]");
     let outcome = damaged::find(filesystem, &|bytes| bar.inc(bytes));
     bar.finish_and_clear();
     let (damaged, read_bytes) = outcome?;
-    let code = if damaged.is_empty() { EXIT_CLEAN } else { EXIT_UNREPAIRED };
+    let code = if damaged.is_empty() && problems == 0 { EXIT_CLEAN } else { EXIT_UNREPAIRED };
     if arguments.json {
-        say!("{}", crate::report::damaged_to_json(target, &damaged, read_bytes, code));
+        say!("{}", crate::report::damaged_to_json(target, &damaged, read_bytes, problems, code));
         return Ok(code);
     }
     for range in &damaged {
@@ -346,6 +363,11 @@ fn list_damaged(arguments: &Arguments, target: &str, filesystem: &Filesystem) ->
                 "{target}: {count} ranges of files cannot be read, {} of {read}: restore those files from a backup, or delete them",
                 humansize::format_size(lost, humansize::BINARY)
             ),
+        }
+        if problems > 0 {
+            say!(
+                "{target}: there are {problems} problems of the trees, too, and nothing was changed: the paths are those after fsck-coppice -y {target}, which repairs them"
+            );
         }
     }
     Ok(code)

@@ -2,7 +2,7 @@
 //!
 //! Extents are walked in the order of the tree; what one file has next to each other is read together, so that a compressed frame is decoded once.
 //! A few threads read; memory is bounded by their buffers. What a lost node of the trees held is not known here: that is an error, and
-//! the other passes describe it.
+//! the command line then lists what a repair in memory leaves, whose losses read as errors.
 
 use std::collections::BTreeMap;
 use std::ops::Range;

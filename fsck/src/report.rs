@@ -100,18 +100,19 @@ pub fn error_to_json(target: &str, error: &str, exit_code: u8) -> String {
     serde_json::to_string_pretty(&JsonError { target, clean: false, exit_code, error }).unwrap_or_default()
 }
 
-/// The ranges of files that cannot be read, as one JSON object.
+/// The ranges of files that cannot be read, as one JSON object; `problems` of the trees were repaired in memory before.
 #[must_use]
-pub fn damaged_to_json(target: &str, damaged: &[Damaged], read_bytes: u64, exit_code: u8) -> String {
+pub fn damaged_to_json(target: &str, damaged: &[Damaged], read_bytes: u64, problems: usize, exit_code: u8) -> String {
     #[derive(Serialize)]
     struct Json<'a> {
         target: &'a str,
         exit_code: u8,
         read_bytes: u64,
+        problems: usize,
         damaged: &'a [Damaged],
     }
     // Strings and numbers have no way to fail.
-    serde_json::to_string_pretty(&Json { target, exit_code, read_bytes, damaged }).unwrap_or_default()
+    serde_json::to_string_pretty(&Json { target, exit_code, read_bytes, problems, damaged }).unwrap_or_default()
 }
 
 impl Report {

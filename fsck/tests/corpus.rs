@@ -87,6 +87,17 @@ fn repaired(name: &str, damaged: &Image) -> (Image, Said) {
     (Image::from_file(&file).unwrap(), said)
 }
 
+/// What `--list-damaged` lists of an image; it writes nothing.
+fn listed(name: &str, image: &Image) -> serde_json::Value {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("image");
+    image.to_file(&file).unwrap();
+    let (code, said) = fsck(&file, "--list-damaged");
+    assert!([0, 4].contains(&code), "{name}: --list-damaged: {code}: {:.500}", said.0.to_string());
+    assert_eq!(Image::from_file(&file).unwrap().content_hash(), image.content_hash(), "{name}: it has written");
+    said.0["damaged"].clone()
+}
+
 fn name_of(case: &Case) -> String {
     format!("{} ({})", case.id, case.name)
 }
@@ -211,6 +222,10 @@ fn lost_leaves() {
         let found = report(&damaged);
         assert!(ids(&found).contains("node-unreadable"), "{tree}: {:?}", found.problems);
         let (image, said) = repaired(tree, &damaged);
+        // The files that are hit have names before anything is repaired.
+        let list = listed(tree, &damaged);
+        assert!(list == listed(tree, &image), "{tree}: {list:.300} before the repair");
+        assert_eq!(list.as_array().unwrap().is_empty(), *btree != BtreeId::Extents, "{tree}: {list:.300}");
         let after = shown(&image);
         let by_inode: BTreeMap<u64, &Shown> = after.values().map(|shown| (shown.inode, shown)).collect();
         let (mut whole, mut lost) = (0, 0);
