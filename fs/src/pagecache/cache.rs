@@ -330,7 +330,8 @@ impl Cache {
             if let Some(reservation) = self.try_reserve_memory(bytes) {
                 return Some(reservation);
             }
-            let hopeless = self.is_latched() || self.is_stuck_since(&mut progress);
+            let hopeless =
+                self.is_latched() || self.is_stuck_since(&mut progress) || self.failure_of_all_dirty().is_some();
             if hopeless || (self.unwritten_blocks() == 0 && self.fills.load(Ordering::SeqCst) == 0) {
                 return Some(self.budget.overdraw(bytes));
             }
@@ -384,7 +385,8 @@ impl Cache {
     /// The right to make `blocks` blocks dirty. Waits while the limit is reached; called with no lock of the cache held.
     ///
     /// # Errors
-    /// What latched the cache; [`Error::NoSpace`] if meanwhile nothing was written, since what is dirty already found no space.
+    /// What latched the cache; [`Error::NoSpace`] if meanwhile nothing was written, since what is dirty already found no space; what is wrong with one
+    /// of the files, if those that are dirty can all not be written.
     pub(super) fn reserve_dirty(&self, blocks: u64) -> Result<DirtyQuota<'_>> {
         order::check_held("a wait for the dirty limit", OVER_MEMORY_WAIT);
         if let Some(quota) = self.try_reserve_dirty(blocks) {
@@ -404,6 +406,9 @@ impl Cache {
             }
             if self.is_stuck_since(&mut progress) {
                 return Some(Err(Error::NoSpace("what was written before cannot be put on the device")));
+            }
+            if let Some(failure) = self.failure_of_all_dirty() {
+                return Some(Err(failure));
             }
             self.writeback_wanted.notify();
             None
@@ -470,6 +475,18 @@ impl Cache {
     fn is_stuck_since(&self, last: &mut (u64, u64)) -> bool {
         let before = std::mem::replace(last, self.writing_progress());
         last.0 == before.0 && last.1 > before.1
+    }
+
+    /// Why nothing of what is dirty can be written, if so: then to wait for it is in vain, until somebody mends or removes it.
+    fn failure_of_all_dirty(&self) -> Option<Error> {
+        if self.writeback_blocks.load(Ordering::SeqCst) > 0 {
+            return None;
+        }
+        let mut failure = None;
+        for space in self.dirty_spaces(usize::MAX, None) {
+            failure = Some(space.failure()?);
+        }
+        failure
     }
 
     /// `blocks` dirty blocks were dropped. Under the space's `tracking`.
