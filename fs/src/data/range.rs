@@ -122,7 +122,8 @@ impl Data {
                 Some(Truncated::Done(stored)) => return Ok(Change { sequence, inode: Some(stored) }),
                 Some(Truncated::More(stored, from)) => {
                     drop(tail);
-                    let rest = self.finish_truncate(inode, from)?;
+                    let rest =
+                        self.finish_truncate(inode, from).map_err(|error| self.stopped_half_way(inode, error))?;
                     return Ok(Change {
                         sequence: sequence.max(rest.sequence),
                         inode: Some(rest.inode.unwrap_or(stored)),
