@@ -101,10 +101,11 @@ fn writers_do_not_wait_for_what_cannot_be_written_back() {
 /// What happens before a read fails.
 type Interlude = Box<dyn Fn() + Send>;
 
-/// A device on which the reads of one thread fail, the first of them after something else has happened.
+/// A device on which the reads of one thread fail, the first of them after something else has happened; and the first write of another one, after that.
 struct Gate {
     inner: Arc<SimDevice>,
     closed_for: Mutex<Option<(ThreadId, Option<Interlude>)>>,
+    writer: Mutex<Option<(ThreadId, Interlude)>>,
 }
 
 impl std::fmt::Debug for Gate {
@@ -114,6 +115,10 @@ impl std::fmt::Debug for Gate {
 }
 
 impl Gate {
+    fn new(inner: Arc<SimDevice>) -> Arc<Self> {
+        Arc::new(Self { inner, closed_for: Mutex::new(None), writer: Mutex::new(None) })
+    }
+
     /// What the reads of the calling thread come to, if they fail.
     fn pass(&self) -> Option<Error> {
         let interlude = match self.closed_for.lock().unwrap().as_mut() {
@@ -143,6 +148,11 @@ impl BlockDevice for Gate {
     }
 
     fn write_batch(&self, requests: &[DeviceWrite<'_>]) -> Result<()> {
+        let is_its = |(thread, _): &mut (ThreadId, Interlude)| *thread == std::thread::current().id();
+        let interlude = self.writer.lock().unwrap().take_if(is_its);
+        if let Some((_, interlude)) = interlude {
+            interlude();
+        }
         self.inner.write_batch(requests)
     }
 
@@ -159,7 +169,7 @@ impl BlockDevice for Gate {
 #[test]
 fn a_time_that_comes_after_the_commit_of_its_data_is_stored() {
     let _limit = Limit::new();
-    let gate = Arc::new(Gate { inner: formatted(96 << 20), closed_for: Mutex::new(None) });
+    let gate = Gate::new(formatted(96 << 20));
     let filesystem = open(&gate, OpenOptions::default());
     let file = create(filesystem.vfs(), "f");
     for piece in 0..9 {
@@ -213,6 +223,49 @@ fn the_space_that_a_deleted_files_delayed_data_was_promised_comes_back() {
     vfs.wait_for_deletions().unwrap();
     let after = filesystem.usage().available_bytes;
     assert!(after + (1 << 20) > before, "{before} bytes were available, {after} are");
+    filesystem.close().unwrap();
+}
+
+/// Those who wait for their turn to write a file back do not wait for ever if the file is deleted first.
+#[test]
+fn who_waits_to_write_back_what_is_deleted_meanwhile_goes_on() {
+    const WAITERS: usize = 32;
+    let _limit = Limit::new();
+    let gate = Gate::new(formatted(96 << 20));
+    let options = OpenOptions { writeback_age: Duration::from_secs(3600), ..OpenOptions::default() };
+    let filesystem = open(&gate, options);
+    let (ended, end) = channel();
+    for round in 0..40 {
+        let file = create(filesystem.vfs(), "f");
+        write(filesystem.vfs(), file, 0, &[1; 16384]).unwrap();
+        // One is at it, and has to wait for the device.
+        let ((inside, is_inside), (free, is_free)) = (channel(), channel::<()>());
+        let (first, gate, first_ended) = (Arc::clone(filesystem.vfs()), Arc::clone(&gate), ended.clone());
+        std::thread::spawn(move || {
+            let interlude = Box::new(move || {
+                inside.send(()).unwrap();
+                is_free.recv().unwrap();
+            });
+            *gate.writer.lock().unwrap() = Some((std::thread::current().id(), interlude));
+            let _ = first_ended.send(first.sync());
+        });
+        is_inside.recv().unwrap();
+        // More is dirty, and others want to write that.
+        write(filesystem.vfs(), file, 16384, &[2; 16384]).unwrap();
+        for _ in 0..WAITERS {
+            let (vfs, ended) = (Arc::clone(filesystem.vfs()), ended.clone());
+            std::thread::spawn(move || ended.send(vfs.sync()));
+        }
+        std::thread::sleep(Duration::from_millis(2));
+        filesystem.vfs().unlink(&USER, ROOT, OsStr::new("f")).unwrap();
+        filesystem.vfs().release(file.0, file.1).unwrap();
+        filesystem.vfs().forget(file.0, 1);
+        free.send(()).unwrap();
+        for _ in 0..=WAITERS {
+            let outcome = end.recv_timeout(Duration::from_secs(60));
+            outcome.unwrap_or_else(|_| panic!("a sync waits for ever, in round {round}")).unwrap();
+        }
+    }
     filesystem.close().unwrap();
 }
 

@@ -14,10 +14,10 @@ impl Vfs {
     pub(super) fn make_durable(&self, inode: &Arc<VfsInode>, data_only: bool) -> Result<()> {
         if !self.options.read_only {
             self.check_writable()?;
-            let outcome =
-                self.write_back(inode)
-                    .and_then(|()| self.wait_for_replacements(inode))
-                    .and_then(|is_again| if is_again { self.write_back(inode) } else { Ok(()) });
+            let outcome = self
+                .write_back(inode)
+                .and_then(|()| self.wait_for_replacements(inode))
+                .and_then(|is_again| if is_again { self.write_back(inode) } else { Ok(()) });
             if !data_only {
                 self.store_delayed_times(inode)?;
             }
