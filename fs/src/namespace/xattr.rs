@@ -121,6 +121,14 @@ impl Namespace {
         Ok(true)
     }
 
+    /// Removes an attribute that a change of content takes away, if it is there; whatever the file's flags.
+    ///
+    /// # Errors
+    /// Those of the tree.
+    pub fn drop_capabilities(&self, transaction: &mut Transaction<'_>, number: InodeNumber, name: &[u8]) -> Result<()> {
+        self.drop_xattr(transaction, number, name).map(|_| ())
+    }
+
     /// Sets an attribute. Setting the access ACL sets the permission bits, and clears the set-group-id bit if `clear_set_gid`
     /// (the caller is neither privileged nor in the file's group).
     ///

@@ -275,6 +275,9 @@ impl Vfs {
         if !request.from_page_cache && (flags & FLAG_IMMUTABLE != 0 || (flags & FLAG_APPEND != 0 && !is_append)) {
             return Err(Errno::PERM.into());
         }
+        if !request.from_page_cache {
+            self.drop_capabilities(&inode)?;
+        }
         // What the kernel's page cache has delayed is no direct write, whatever the handle says.
         let written = if request.direct && !request.from_page_cache {
             self.write_direct(&inode, at, request.data, request.clear_set_id)
