@@ -72,7 +72,9 @@ fn with_unreadable_extents(warm: impl FnOnce(&Vfs)) -> (Arc<SimDevice>, Arc<File
     filesystem.close().unwrap();
     let regions = regions(&device).unwrap();
     let leaves = regions.iter().filter(|region| region.name == "extents");
-    let filesystem = open(&device, OpenOptions::default());
+    // Nothing becomes durable by itself.
+    let filesystem =
+        open(&device, OpenOptions { commit_interval: Duration::from_secs(3600), ..OpenOptions::default() });
     warm(filesystem.vfs());
     leaves.flat_map(|leaf| &leaf.copies).for_each(|copy| device.make_bad(copy.start, copy.end - copy.start));
     (device, filesystem)
@@ -309,6 +311,24 @@ fn a_copy_is_durable_where_writes_are_and_refused_where_they_are() {
     let node = found(vfs, "target");
     let handle = vfs.open(&USER, node, 0).unwrap().handle;
     assert!(read(vfs, (node, handle), 0, 8192) == [7; 8192], "a copy was lost on a synchronous mount");
+    filesystem.close().unwrap();
+}
+
+/// A file that cannot be written back is no reason to leave the others' changes undurable.
+#[test]
+fn a_sync_that_fails_for_one_file_makes_all_else_durable() {
+    let _limit = Limit::new();
+    let (device, filesystem) = with_unreadable_extents(|_| {});
+    let vfs = filesystem.vfs();
+    let node = found(vfs, "f");
+    let handle = vfs.open(&USER, node, READ_WRITE).unwrap().handle;
+    write(vfs, (node, handle), 0, &[1; 4096]).unwrap();
+    vfs.mkdir(&USER, ROOT, OsStr::new("d"), 0o755).unwrap();
+    assert!(vfs.sync().unwrap_err().is_media_error());
+    let durable = device_of(device.snapshot().durable().clone());
+    let _ = filesystem.close();
+    let filesystem = open(&durable, OpenOptions::default());
+    found(filesystem.vfs(), "d");
     filesystem.close().unwrap();
 }
 

@@ -90,20 +90,21 @@ impl Vfs {
     /// Makes everything durable.
     ///
     /// # Errors
-    /// Of this; errors of delayed writes are also kept for the files' own handles.
+    /// The first error; everything else is durable all the same. Errors of delayed writes are also kept for the files' own handles.
     pub fn sync(&self) -> Result<()> {
         self.check_alive()?;
+        let mut outcome = Ok(());
         if !self.options.read_only {
             self.check_writable()?;
-            self.write_back_all()?;
+            outcome = self.write_back_all();
             // As for one file: those who took dirty blocks out of the cache have committed.
             let is_replacing = self.replacing.try_write().is_none();
             drop(self.replacing.write());
             if is_replacing {
                 // One that failed has left them dirty.
-                self.write_back_all()?;
+                outcome = outcome.and(self.write_back_all());
             }
         }
-        self.journal.flush(self.journal.newest())
+        outcome.and(self.journal.flush(self.journal.newest()))
     }
 }
