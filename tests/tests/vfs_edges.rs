@@ -11,13 +11,19 @@ use coppicefs::device::{BlockDevice, Image, ReadRequest, SimDevice, WriteRequest
 use coppicefs::env::Env;
 use coppicefs::filesystem::format::test_geometry;
 use coppicefs::filesystem::{Filesystem, OpenOptions};
+use coppicefs::format::namespace::{Dirent, DirentBucket, FileType};
+use coppicefs::format::{BtreeId, Position};
+use coppicefs::transaction::{CommitOptions, Transaction};
+use coppicefs::units::{InodeNumber, SnapshotId};
 use coppicefs::vfs::{
-    Attributes, Caller, CopyRequest, IoctlRequest, Lookup, ReadRequest as FileRead, SetAttributes, Vfs, WriteRequest,
+    Attributes, Caller, CopyRequest, Emitted, IoctlRequest, Lookup, ReadRequest as FileRead, SetAttributes, Vfs,
+    WriteRequest,
 };
 use coppicefs::{Error, Result};
 use coppicefs_tests::limit::Limit;
 use coppicefs_tests::regions::regions;
 use coppicefs_tests::simulated::device_of;
+use rustix::io::Errno;
 
 const ROOT: u64 = 1;
 const READ_WRITE: i32 = 2;
@@ -130,7 +136,7 @@ impl Gate {
         if let Some(interlude) = interlude {
             interlude();
         }
-        let source = Arc::new(io::Error::from_raw_os_error(rustix::io::Errno::IO.raw_os_error()));
+        let source = Arc::new(io::Error::from_raw_os_error(Errno::IO.raw_os_error()));
         Some(Error::Device { operation: "read", device: "gate".into(), offset: 0, length: 0, source })
     }
 }
@@ -303,7 +309,7 @@ fn a_copy_is_durable_where_writes_are_and_refused_where_they_are() {
         output_bytes_max: 0,
     };
     vfs.ioctl(&USER, &request).unwrap();
-    assert_eq!(vfs.copy_file_range(&USER, &copy).unwrap_err().errno(), rustix::io::Errno::PERM);
+    assert_eq!(vfs.copy_file_range(&USER, &copy).unwrap_err().errno(), Errno::PERM);
     filesystem.close().unwrap();
 
     let filesystem = open(&durable, OpenOptions::default());
@@ -329,6 +335,27 @@ fn a_sync_that_fails_for_one_file_makes_all_else_durable() {
     let _ = filesystem.close();
     let filesystem = open(&durable, OpenOptions::default());
     found(filesystem.vfs(), "d");
+    filesystem.close().unwrap();
+}
+
+/// A descriptor that is closed, by a child that ends perhaps, takes no error away from the others of its handle.
+#[test]
+fn an_error_that_a_close_was_told_is_told_the_next_fsync_once() {
+    let _limit = Limit::new();
+    let (device, filesystem) = with_unreadable_extents(|_| {});
+    let vfs = filesystem.vfs();
+    let node = found(vfs, "f");
+    let handle = vfs.open(&USER, node, READ_WRITE).unwrap().handle;
+    write(vfs, (node, handle), 0, &[1; 4096]).unwrap();
+    assert!(vfs.sync().unwrap_err().is_media_error());
+    device.clear_faults();
+    vfs.sync().unwrap();
+    for _ in 0..2 {
+        assert!(vfs.flush(&USER, node, handle).unwrap_err().is_media_error());
+    }
+    assert!(vfs.fsync(&USER, node, handle, false).unwrap_err().is_media_error());
+    vfs.fsync(&USER, node, handle, false).unwrap();
+    vfs.flush(&USER, node, handle).unwrap();
     filesystem.close().unwrap();
 }
 
@@ -376,5 +403,74 @@ fn a_deletion_that_meets_damage_stops_nobody() {
     vfs.wait_for_deletions().unwrap();
     assert_eq!(filesystem.latched(), None);
     vfs.mkdir(&USER, ROOT, OsStr::new("d"), 0o755).unwrap();
+    filesystem.close().unwrap();
+}
+
+/// However many attributes a file has, they are listed in pieces, and all of them.
+#[test]
+fn many_attributes_are_all_listed_or_refused() {
+    let _limit = Limit::new();
+    let device = formatted(96 << 20);
+    let filesystem = open(&device, OpenOptions::default());
+    let vfs = filesystem.vfs();
+    let (node, _) = create(vfs, "f");
+    let name = |number: u32| format!("user.{}{number:03}", "n".repeat(200));
+    for number in 0..300 {
+        vfs.set_xattr(&USER, node, OsStr::new(&name(number)), b"value", 0).unwrap();
+    }
+    vfs.set_xattr(&USER, node, OsStr::new("trusted.t"), b"value", 0).unwrap();
+    let listed = |uid| {
+        let list = vfs.list_xattrs(&Caller { uid, ..USER }, node)?;
+        let mut names: Vec<_> =
+            list.split(|&byte| byte == 0).map(|name| String::from_utf8(name.to_vec()).unwrap()).collect();
+        names.sort();
+        Ok::<_, Error>(names)
+    };
+    let mut expected: Vec<_> = (0..300).map(name).chain([String::new()]).collect();
+    expected.sort();
+    assert_eq!(listed(1).unwrap(), expected);
+    expected.push("trusted.t".into());
+    expected.sort();
+    assert_eq!(listed(0).unwrap(), expected);
+    for number in 300..330 {
+        vfs.set_xattr(&USER, node, OsStr::new(&name(number)), b"value", 0).unwrap();
+    }
+    assert_eq!(listed(0).unwrap_err().errno(), Errno::TOOBIG);
+    filesystem.close().unwrap();
+}
+
+/// Names at places that no hash leads to are damage; a listing ends all the same.
+#[test]
+fn a_listing_of_a_damaged_directory_ends() {
+    let _limit = Limit::new();
+    let device = formatted(96 << 20);
+    let filesystem = open(&device, OpenOptions::default());
+    create(filesystem.vfs(), "f");
+    let damage = |transaction: &mut Transaction<'_>| {
+        for number in 0..300 {
+            let dirent = Dirent {
+                discriminator: 0,
+                file_type: FileType::Regular,
+                inode: InodeNumber(2),
+                name: format!("{number}").into_bytes(),
+            };
+            let position = Position::new(ROOT, (1 << 57) + number, SnapshotId::ROOT.0);
+            transaction.put(BtreeId::Dirents, position, DirentBucket(vec![dirent]).encode());
+        }
+        Ok(())
+    };
+    filesystem.transactions().run(CommitOptions::default(), damage).unwrap();
+    let (ended, end) = channel();
+    let vfs = Arc::clone(filesystem.vfs());
+    std::thread::spawn(move || {
+        let mut names = Vec::new();
+        let outcome = vfs.readdir(&USER, ROOT, 0, 0, &mut |entry| {
+            names.push(entry.name.to_owned());
+            Emitted::Accepted
+        });
+        let _ = ended.send(outcome.map(|()| names));
+    });
+    let names = end.recv_timeout(Duration::from_secs(30)).expect("a listing has no end").unwrap();
+    assert!(names.contains(&"f".into()) && names.len() < 400, "{} names", names.len());
     filesystem.close().unwrap();
 }

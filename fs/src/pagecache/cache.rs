@@ -106,6 +106,8 @@ pub struct Cache {
     /// Runs of dirty blocks that were written, and runs that could not be for want of space: who waits for the first sees by the second when to stop.
     written_runs: AtomicU64,
     unplaced_runs: AtomicU64,
+    /// Runs that could not be written, for whatever reason.
+    failed_runs: AtomicU64,
     /// Pieces of work that were given to `spawn` and have not ended.
     spawned: AtomicU64,
     /// Notified when one of them ends.
@@ -166,6 +168,7 @@ impl Cache {
             throttled: AtomicU64::new(0),
             written_runs: AtomicU64::new(0),
             unplaced_runs: AtomicU64::new(0),
+            failed_runs: AtomicU64::new(0),
             spawned: AtomicU64::new(0),
             spawned_ended: Event::new(),
             cleaned: Event::new_over(OVER_MEMORY_WAIT),
@@ -326,12 +329,14 @@ impl Cache {
         }
         let _mark = self.budget.announce_waiter();
         let mut progress = self.writing_progress();
+        let failed_before = self.failed_runs.load(Ordering::SeqCst);
         self.env.wait(self.budget.freed(), || {
             if let Some(reservation) = self.try_reserve_memory(bytes) {
                 return Some(reservation);
             }
-            let hopeless =
-                self.is_latched() || self.is_stuck_since(&mut progress) || self.failure_of_all_dirty().is_some();
+            let hopeless = self.is_latched()
+                || self.is_stuck_since(&mut progress)
+                || self.failure_of_all_since(failed_before).is_some();
             if hopeless || (self.unwritten_blocks() == 0 && self.fills.load(Ordering::SeqCst) == 0) {
                 return Some(self.budget.overdraw(bytes));
             }
@@ -397,6 +402,7 @@ impl Cache {
         self.throttled.fetch_add(1, Ordering::SeqCst);
         self.writeback_wanted.notify();
         let mut progress = self.writing_progress();
+        let failed_before = self.failed_runs.load(Ordering::SeqCst);
         let outcome = self.env.wait(&self.cleaned, || {
             if let Some(reason) = self.latched.lock().clone() {
                 return Some(Err(reason));
@@ -407,7 +413,7 @@ impl Cache {
             if self.is_stuck_since(&mut progress) {
                 return Some(Err(Error::NoSpace("what was written before cannot be put on the device")));
             }
-            if let Some(failure) = self.failure_of_all_dirty() {
+            if let Some(failure) = self.failure_of_all_since(failed_before) {
                 return Some(Err(failure));
             }
             self.writeback_wanted.notify();
@@ -477,9 +483,16 @@ impl Cache {
         last.0 == before.0 && last.1 > before.1
     }
 
-    /// Why nothing of what is dirty can be written, if so: then to wait for it is in vain, until somebody mends or removes it.
-    fn failure_of_all_dirty(&self) -> Option<Error> {
-        if self.writeback_blocks.load(Ordering::SeqCst) > 0 {
+    /// A run failed, for whatever reason. After its space knows it.
+    pub(super) fn count_failed_run(&self) {
+        self.failed_runs.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Why nothing of what is dirty can be written, if it was tried again since so many runs had failed: then to wait for it is in vain, until somebody
+    /// mends or removes it.
+    fn failure_of_all_since(&self, failed_before: u64) -> Option<Error> {
+        let is_new = self.failed_runs.load(Ordering::SeqCst) > failed_before;
+        if !is_new || self.writeback_blocks.load(Ordering::SeqCst) > 0 {
             return None;
         }
         let mut failure = None;

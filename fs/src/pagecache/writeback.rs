@@ -136,6 +136,9 @@ impl WritebackRun {
             }
             cache.count_written(self.blocks.end - self.blocks.start, redirtied);
         }
+        if matches!(failed, Some(Some(_))) {
+            cache.count_failed_run();
+        }
         // Reclaim dropped folios that it met dirty: they stand for eviction again.
         let map = space.map().load_full();
         let mut at = self.blocks.start;

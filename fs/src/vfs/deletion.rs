@@ -142,7 +142,8 @@ impl Vfs {
                 self.deletions.push(number, None);
             }
         }
-        let next = found.last().filter(|_| found.len() == SCAN_STEP).map(|last| InodeNumber(last.0 + 1));
+        let last = found.last().filter(|_| found.len() == SCAN_STEP);
+        let next = last.and_then(|last| last.0.checked_add(1)).map(InodeNumber);
         self.deletions.queue.lock().scan_from = next;
         Ok(())
     }

@@ -89,12 +89,13 @@ impl Vfs {
         Ok(())
     }
 
-    /// A descriptor of the handle is closed: reports errors of delayed writes that it has not reported yet.
+    /// A descriptor of the handle is closed: says what errors of delayed writes the handle has not reported yet. An fsync through another descriptor reports
+    /// them all the same: that one of them was closed, by a child that ended, say, nobody may have looked at.
     ///
     /// # Errors
     /// Those errors.
     pub fn flush(&self, _caller: &Caller, node: u64, handle: u64) -> Result<()> {
-        self.file_handle(node, handle)?.check_late_errors()
+        self.file_handle(node, handle)?.peek_late_errors()
     }
 
     /// Target of a symbolic link.

@@ -108,12 +108,8 @@ impl Vfs {
     /// `E2BIG` if they are more than Linux passes on; those of the media.
     pub fn list_xattrs(&self, caller: &Caller, node: u64) -> Result<Vec<u8>> {
         let inode = self.inode(node)?;
-        let mut names = self.namespace.xattr_names(&mut self.transactions.read(), inode.number)?;
-        if !is_privileged(caller) {
-            let visible = names.split_inclusive(|&byte| byte == 0).filter(|name| !name.starts_with(b"trusted."));
-            names = visible.flatten().copied().collect();
-        }
-        if names.len() > NAMES_BYTES_MAX { Err(Errno::TOOBIG.into()) } else { Ok(names) }
+        let is_shown = |name: &[u8]| is_privileged(caller) || !name.starts_with(b"trusted.");
+        self.namespace.xattr_names(&mut self.transactions.read(), inode.number, is_shown, NAMES_BYTES_MAX)
     }
 
     /// Removes an extended attribute.
