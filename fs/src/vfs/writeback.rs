@@ -47,9 +47,9 @@ pub(super) struct DelayedTimes {
 impl Vfs {
     /// Waits for the right to write this inode back. There is none, and nothing to be written, once it is being deleted.
     pub(super) fn writeback_turn<'a>(&self, inode: &'a VfsInode) -> Result<Option<WritebackTurn<'a>>> {
-        self.env.wait(inode.writeback_event(), || {
-            let turn = inode.try_writeback_turn();
-            (turn.is_some() || inode.is_writeback_ended()).then(|| turn)
+        self.env.wait(inode.writeback_event(), || match inode.try_writeback_turn() {
+            None if !inode.is_writeback_ended() => None,
+            turn => Some(turn),
         })
     }
 
