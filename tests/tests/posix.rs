@@ -191,6 +191,23 @@ fn writing_and_chown_clear_set_id_bits() {
             .args(["--reuid=65534", "--regid=65534", "--clear-groups", "--", "truncate", "-s", "1"])
             .arg(&path));
         assert_eq!(mode(), 0o777, "truncate by somebody else");
+        if installed("fallocate") {
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o6777)).unwrap();
+            run(command("setpriv")
+                .args(["--reuid=65534", "--regid=65534", "--clear-groups", "--", "fallocate", "-p", "-l", "1"])
+                .arg(&path));
+            assert_eq!(mode(), 0o777, "a hole punched by somebody else");
+        }
+        // Capabilities that a program lends go with any change of its content, whoever makes it.
+        let capabilities = [0x0200_0001_u32, 1 << 13, 0, 0, 0].map(u32::to_le_bytes).concat();
+        let name = "security.capability";
+        for by_another in [false, true] {
+            rustix::fs::setxattr(&path, name, &capabilities, rustix::fs::XattrFlags::empty()).unwrap();
+            let (user, script) = (if by_another { "65534" } else { "0" }, "echo more >> \"$0\"");
+            run(command("setpriv").args([&format!("--reuid={user}"), "--", "sh", "-c", script]).arg(&path));
+            let found = rustix::fs::getxattr(&path, name, &mut [0; 64][..]);
+            assert_eq!(found, Err(Errno::NODATA), "capabilities after a write, by another: {by_another}");
+        }
         // New entries of a set-group-id directory take its group.
         let folder = site.mnt().join("folder");
         fs::create_dir(&folder).unwrap();

@@ -197,10 +197,17 @@ impl Data {
             None => Ok(Change { sequence, inode: None }),
             Some((None, stored)) => Ok(Change { sequence, inode: Some(stored) }),
             Some((Some(rest), _)) => {
-                let done = self.finish_operation(rest)?;
+                let done = self.finish_operation(rest).map_err(|error| self.stopped_half_way(inode, error))?;
                 Ok(Change { sequence: sequence.max(done.sequence), inode: done.inode })
             }
         }
+    }
+
+    /// An operation has begun and does not come to its end. The next mount goes on with it, over whatever is done to the file until then: so nothing is
+    /// changed any more.
+    pub(super) fn stopped_half_way(&self, inode: InodeNumber, error: Error) -> Error {
+        self.transactions.journal().latch(format!("a change of inode {inode} has stopped half-way: {error}"));
+        error
     }
 
     /// Brings an operation that is named in the tree to its end.

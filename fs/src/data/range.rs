@@ -122,7 +122,8 @@ impl Data {
                 Some(Truncated::Done(stored)) => return Ok(Change { sequence, inode: Some(stored) }),
                 Some(Truncated::More(stored, from)) => {
                     drop(tail);
-                    let rest = self.finish_truncate(inode, from)?;
+                    let rest =
+                        self.finish_truncate(inode, from).map_err(|error| self.stopped_half_way(inode, error))?;
                     return Ok(Change {
                         sequence: sequence.max(rest.sequence),
                         inode: Some(rest.inode.unwrap_or(stored)),
@@ -313,7 +314,8 @@ impl Data {
     }
 
     /// Holds space for the holes of `[start, end)`, rounded out to blocks: unwritten extents, which read as zeros. What is there stays. The reservation covers
-    /// the whole range at most; what was not needed of it is given back. The size is for `update_inode` to change.
+    /// the whole range at most; what was not needed of it is given back. The size is for `update_inode` to change, which the last transaction calls: what
+    /// fails before that leaves the size as it was.
     ///
     /// # Errors
     /// The device's or the journal's. Some of the range may be allocated then.
@@ -335,7 +337,8 @@ impl Data {
             let committed = self.transactions.run(CommitOptions::default(), |transaction| {
                 let Some(mut stored) = self.inode(transaction, inode)? else { return Ok(None) };
                 let (covered_to, delta) = self.fill_holes(transaction, inode, cursor, end)?;
-                self.put_inode(transaction, inode, &mut stored, delta, update_inode)?;
+                let update = if covered_to < end { &|_: &mut Inode| {} } else { update_inode };
+                self.put_inode(transaction, inode, &mut stored, delta, update)?;
                 Ok(Some((covered_to, stored)))
             })?;
             let Some((covered_to, stored)) = committed.value else {

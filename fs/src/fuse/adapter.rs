@@ -522,7 +522,8 @@ impl<O: Operations> fuser::Filesystem for Adapter<O> {
                 if reply.add(node, name.next_cookie, name.name, &lifetime, &attr, Generation(generation)) {
                     return Emitted::Full;
                 }
-                if entry.is_none() {
+                // The kernel takes no notice of the attributes of these two.
+                if entry.is_none() && name.name != "." && name.name != ".." {
                     self.phantoms.add(name.node);
                 }
                 accepted += 1;

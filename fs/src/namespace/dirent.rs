@@ -2,7 +2,7 @@
 
 use rustix::io::Errno;
 
-use super::Namespace;
+use super::{NAME_HASH_MAX, Namespace};
 use crate::error::{Error, Result};
 use crate::format::BtreeId;
 use crate::format::namespace::{Dirent, DirentBucket, FileType, NAME_BYTES_MAX};
@@ -206,9 +206,14 @@ impl Namespace {
         limit: usize,
     ) -> Result<Listing> {
         let found = self.visible_range(transaction, BtreeId::Dirents, directory.0, after.hash(), limit)?;
-        let ended = found.len() < limit;
+        let mut ended = found.len() < limit;
         let mut entries = Vec::with_capacity(found.len());
         for (hash, value) in found {
+            // No name has such a hash: only damage stands there, and no cookie could say so.
+            if hash > NAME_HASH_MAX {
+                ended = true;
+                break;
+            }
             for dirent in DirentBucket::decode(&value)?.0 {
                 let cookie = Cookie::new(hash, dirent.discriminator);
                 if cookie > after {

@@ -49,6 +49,8 @@ pub type Changed = SmallVec<[(InodeNumber, Inode); 4]>;
 
 /// Most names that a file may have.
 pub const LINK_COUNT_MAX: u32 = 1 << 20;
+/// Largest hash of a name.
+const NAME_HASH_MAX: u64 = (1 << 56) - 2;
 /// Longest target of a symbolic link in bytes.
 pub const SYMLINK_BYTES_MAX: usize = 4095;
 
@@ -104,5 +106,5 @@ impl Namespace {
 #[must_use]
 pub fn name_hash(seed: u64, name: &[u8]) -> u64 {
     let hash = xxhash_rust::xxh3::xxh3_64_with_seed(name, seed) >> 8;
-    hash.clamp(1, (1 << 56) - 2)
+    hash.clamp(1, NAME_HASH_MAX)
 }

@@ -20,6 +20,8 @@ pub const XATTR_REPLACE: i32 = 2;
 
 /// Longest value that Linux passes on.
 const VALUE_BYTES_MAX: usize = 64 << 10;
+/// Buckets that a listing reads at a time.
+const LISTING_STEP: usize = 32;
 const PREFIXES: [&[u8]; 3] = [b"user.", b"trusted.", b"security."];
 
 fn check_name(name: &[u8]) -> Result<()> {
@@ -62,16 +64,30 @@ impl Namespace {
         Ok(bucket.0.into_iter().find(|xattr| xattr.name == name).map(|xattr| xattr.value))
     }
 
-    /// Names of all attributes, each with a NUL after it.
+    /// Names of the attributes that `is_shown` accepts, each with a NUL after it. Takes memory for a few values, however many there are.
     ///
     /// # Errors
-    /// Those of the tree.
-    pub fn xattr_names(&self, transaction: &mut Transaction<'_>, number: InodeNumber) -> Result<Vec<u8>> {
+    /// `E2BIG` if they take more than `bytes_max`; those of the tree.
+    pub fn xattr_names(
+        &self,
+        transaction: &mut Transaction<'_>,
+        number: InodeNumber,
+        is_shown: impl Fn(&[u8]) -> bool,
+        bytes_max: usize,
+    ) -> Result<Vec<u8>> {
         let mut names = Vec::new();
-        for (_, value) in self.visible_range(transaction, BtreeId::Xattrs, number.0, 0, usize::MAX)? {
-            for xattr in XattrBucket::decode(&value)?.0 {
-                names.extend_from_slice(&xattr.name);
-                names.push(0);
+        let mut from = Some(0);
+        while let Some(offset) = from {
+            let found = self.visible_range(transaction, BtreeId::Xattrs, number.0, offset, LISTING_STEP)?;
+            from = found.last().filter(|_| found.len() == LISTING_STEP).and_then(|(hash, _)| hash.checked_add(1));
+            for (_, value) in found {
+                for xattr in XattrBucket::decode(&value)?.0.into_iter().filter(|xattr| is_shown(&xattr.name)) {
+                    names.extend_from_slice(&xattr.name);
+                    names.push(0);
+                }
+                if names.len() > bytes_max {
+                    return Err(Errno::TOOBIG.into());
+                }
             }
         }
         Ok(names)
@@ -119,6 +135,14 @@ impl Namespace {
             self.put(transaction, BtreeId::Xattrs, number.0, hash, bucket.encode());
         }
         Ok(true)
+    }
+
+    /// Removes an attribute that a change of content takes away, if it is there; whatever the file's flags.
+    ///
+    /// # Errors
+    /// Those of the tree.
+    pub fn drop_capabilities(&self, transaction: &mut Transaction<'_>, number: InodeNumber, name: &[u8]) -> Result<()> {
+        self.drop_xattr(transaction, number, name).map(|_| ())
     }
 
     /// Sets an attribute. Setting the access ACL sets the permission bits, and clears the set-group-id bit if `clear_set_gid`

@@ -106,6 +106,8 @@ pub struct Cache {
     /// Runs of dirty blocks that were written, and runs that could not be for want of space: who waits for the first sees by the second when to stop.
     written_runs: AtomicU64,
     unplaced_runs: AtomicU64,
+    /// Runs that could not be written, for whatever reason.
+    failed_runs: AtomicU64,
     /// Pieces of work that were given to `spawn` and have not ended.
     spawned: AtomicU64,
     /// Notified when one of them ends.
@@ -166,6 +168,7 @@ impl Cache {
             throttled: AtomicU64::new(0),
             written_runs: AtomicU64::new(0),
             unplaced_runs: AtomicU64::new(0),
+            failed_runs: AtomicU64::new(0),
             spawned: AtomicU64::new(0),
             spawned_ended: Event::new(),
             cleaned: Event::new_over(OVER_MEMORY_WAIT),
@@ -326,11 +329,14 @@ impl Cache {
         }
         let _mark = self.budget.announce_waiter();
         let mut progress = self.writing_progress();
+        let failed_before = self.failed_runs.load(Ordering::SeqCst);
         self.env.wait(self.budget.freed(), || {
             if let Some(reservation) = self.try_reserve_memory(bytes) {
                 return Some(reservation);
             }
-            let hopeless = self.is_latched() || self.is_stuck_since(&mut progress);
+            let hopeless = self.is_latched()
+                || self.is_stuck_since(&mut progress)
+                || self.failure_of_all_since(failed_before).is_some();
             if hopeless || (self.unwritten_blocks() == 0 && self.fills.load(Ordering::SeqCst) == 0) {
                 return Some(self.budget.overdraw(bytes));
             }
@@ -384,7 +390,8 @@ impl Cache {
     /// The right to make `blocks` blocks dirty. Waits while the limit is reached; called with no lock of the cache held.
     ///
     /// # Errors
-    /// What latched the cache; [`Error::NoSpace`] if meanwhile nothing was written, since what is dirty already found no space.
+    /// What latched the cache; [`Error::NoSpace`] if meanwhile nothing was written, since what is dirty already found no space; what is wrong with one
+    /// of the files, if those that are dirty can all not be written.
     pub(super) fn reserve_dirty(&self, blocks: u64) -> Result<DirtyQuota<'_>> {
         order::check_held("a wait for the dirty limit", OVER_MEMORY_WAIT);
         if let Some(quota) = self.try_reserve_dirty(blocks) {
@@ -395,6 +402,7 @@ impl Cache {
         self.throttled.fetch_add(1, Ordering::SeqCst);
         self.writeback_wanted.notify();
         let mut progress = self.writing_progress();
+        let failed_before = self.failed_runs.load(Ordering::SeqCst);
         let outcome = self.env.wait(&self.cleaned, || {
             if let Some(reason) = self.latched.lock().clone() {
                 return Some(Err(reason));
@@ -404,6 +412,9 @@ impl Cache {
             }
             if self.is_stuck_since(&mut progress) {
                 return Some(Err(Error::NoSpace("what was written before cannot be put on the device")));
+            }
+            if let Some(failure) = self.failure_of_all_since(failed_before) {
+                return Some(Err(failure));
             }
             self.writeback_wanted.notify();
             None
@@ -470,6 +481,25 @@ impl Cache {
     fn is_stuck_since(&self, last: &mut (u64, u64)) -> bool {
         let before = std::mem::replace(last, self.writing_progress());
         last.0 == before.0 && last.1 > before.1
+    }
+
+    /// A run failed, for whatever reason. After its space knows it.
+    pub(super) fn count_failed_run(&self) {
+        self.failed_runs.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Why nothing of what is dirty can be written, if it was tried again since so many runs had failed: then to wait for it is in vain, until somebody
+    /// mends or removes it.
+    fn failure_of_all_since(&self, failed_before: u64) -> Option<Error> {
+        let is_new = self.failed_runs.load(Ordering::SeqCst) > failed_before;
+        if !is_new || self.writeback_blocks.load(Ordering::SeqCst) > 0 {
+            return None;
+        }
+        let mut failure = None;
+        for space in self.dirty_spaces(usize::MAX, None) {
+            failure = Some(space.failure()?);
+        }
+        failure
     }
 
     /// `blocks` dirty blocks were dropped. Under the space's `tracking`.

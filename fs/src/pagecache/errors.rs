@@ -36,6 +36,18 @@ impl ErrorSequence {
         ErrorCursor(if state.seen { state.count } else { state.count.saturating_sub(1) })
     }
 
+    /// The newest error that `cursor` has not heard of; it will be reported again.
+    ///
+    /// # Errors
+    /// That error.
+    pub fn peek(&self, cursor: &ErrorCursor) -> Result<()> {
+        let state = self.0.lock();
+        match &state.newest {
+            Some(error) if cursor.0 != state.count => Err(error.clone()),
+            _ => Ok(()),
+        }
+    }
+
     /// Reports the newest error that `cursor` has not heard of, and moves the cursor past it.
     ///
     /// # Errors
@@ -61,6 +73,7 @@ mod tests {
         let mut early = errors.cursor();
         assert!(errors.check(&mut early).is_ok());
         errors.record(Error::ReadOnly);
+        assert!(errors.peek(&early).is_err() && errors.peek(&early).is_err());
         let mut unheard = errors.cursor();
         assert!(errors.check(&mut early).is_err());
         assert!(errors.check(&mut early).is_ok());

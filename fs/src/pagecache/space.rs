@@ -13,7 +13,7 @@ use super::folio::{Folio, LockedFolio};
 use super::map::FolioMap;
 use super::ranges::BlockRanges;
 use crate::env::Event;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Mutex, Rank, RankSet};
 
@@ -29,6 +29,8 @@ pub(super) struct Tracking {
     pub(super) writeback: BlockRanges,
     /// Where the space stands in the cache's list of dirty spaces.
     pub(super) dirty_key: Option<DirtyKey>,
+    /// See [`AddressSpace::failure`].
+    pub(super) failure: Option<Error>,
 }
 
 /// See the module's documentation. Made by [`Cache::new_space`].

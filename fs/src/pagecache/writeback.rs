@@ -94,20 +94,21 @@ impl WritebackRun {
         match result {
             Ok(()) => {
                 self.space.cache().count_run(true);
-                self.end(false);
+                self.end(None);
                 0
             }
             Err(error) => {
                 if matches!(error, Error::NoSpace(_)) {
                     self.space.cache().count_run(false);
                 }
-                self.space.errors().record(error);
-                self.end(true)
+                self.space.errors().record(error.clone());
+                self.end(Some(Some(error)))
             }
         }
     }
 
-    fn end(&mut self, failed: bool) -> u64 {
+    /// `failed`: it was not written; with the error, if that was tried.
+    fn end(&mut self, failed: Option<Option<Error>>) -> u64 {
         // The references first: what waits for the run may want to write in place.
         self.segments.clear();
         let space = &self.space;
@@ -117,7 +118,13 @@ impl WritebackRun {
             let mut tracking = space.tracking.lock();
             let ended = tracking.writeback.remove(self.blocks.clone());
             let mut redirtied = 0;
-            if failed {
+            match &failed {
+                None => tracking.failure = None,
+                // Space may come back by itself.
+                Some(None | Some(Error::NoSpace(_))) => {}
+                Some(Some(error)) => tracking.failure = Some(error.clone()),
+            }
+            if failed.is_some() {
                 for (part, units) in &ended {
                     let again = tracking.dirty.insert_absent(part.clone(), *units);
                     redirtied += again;
@@ -128,6 +135,9 @@ impl WritebackRun {
                 }
             }
             cache.count_written(self.blocks.end - self.blocks.start, redirtied);
+        }
+        if matches!(failed, Some(Some(_))) {
+            cache.count_failed_run();
         }
         // Reclaim dropped folios that it met dirty: they stand for eviction again.
         let map = space.map().load_full();
@@ -148,7 +158,7 @@ impl WritebackRun {
 impl Drop for WritebackRun {
     fn drop(&mut self) {
         if !self.completed {
-            self.end(true);
+            self.end(Some(None));
         }
     }
 }
@@ -301,6 +311,19 @@ impl AddressSpace {
         self.tracking.lock().dirty.overlaps(self.blocks_of(range))
     }
 
+    /// Whether a run covers anything of `range` (bytes).
+    #[must_use]
+    pub fn is_being_written(&self, range: &Range<u64>) -> bool {
+        self.tracking.lock().writeback.overlaps(self.blocks_of(range))
+    }
+
+    /// Why the last run could not be written, for other reasons than want of space, if none was written since and something is still dirty: what is
+    /// written to the file now would only wait with the rest.
+    #[must_use]
+    pub fn failure(&self) -> Option<Error> {
+        self.tracking.lock().failure.clone()
+    }
+
     /// Number of dirty blocks, in runs or not.
     #[must_use]
     pub fn unwritten_blocks(&self) -> u64 {
@@ -334,6 +357,9 @@ impl AddressSpace {
             if count > 0 {
                 self.cache().count_dropped(count);
                 unlist_if_clean(self, &mut tracking);
+                if tracking.dirty.is_empty() && tracking.writeback.is_empty() {
+                    tracking.failure = None;
+                }
             }
             Some((count, units_of(&dropped)))
         })

@@ -11,6 +11,7 @@ use super::handle::Handle;
 use super::splice::STEP_BYTES;
 use super::types::{Caller, CopyRequest, SetAttributes};
 use crate::error::Result;
+use crate::namespace::{FLAG_APPEND, FLAG_IMMUTABLE, FLAG_SYNC};
 use crate::sync::Arc;
 use rustix::io::Errno;
 
@@ -47,6 +48,10 @@ impl Vfs {
         if is_same && from < to.saturating_add(request.length_bytes) && to < from.saturating_add(request.length_bytes) {
             return Err(Errno::INVAL.into());
         }
+        let flags = to_handle.inode.state().inode.flags;
+        if flags & (FLAG_IMMUTABLE | FLAG_APPEND) != 0 {
+            return Err(Errno::PERM.into());
+        }
         // The end of the source as it is now: the copy itself may move it.
         let length = request.length_bytes.min(from_handle.inode.size().saturating_sub(from));
         let mut copied = 0;
@@ -78,6 +83,9 @@ impl Vfs {
         }
         if ends_in_hole && copied > 0 {
             target.grow(&to_handle, to + copied)?;
+        }
+        if copied > 0 && (flags & FLAG_SYNC != 0 || target.is_synchronous()) {
+            target.make_durable(&to_handle.inode, true)?;
         }
         match failed {
             Some(error) if copied == 0 => Err(error),

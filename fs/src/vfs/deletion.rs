@@ -142,7 +142,8 @@ impl Vfs {
                 self.deletions.push(number, None);
             }
         }
-        let next = found.last().filter(|_| found.len() == SCAN_STEP).map(|last| InodeNumber(last.0 + 1));
+        let last = found.last().filter(|_| found.len() == SCAN_STEP);
+        let next = last.and_then(|last| last.0.checked_add(1)).map(InodeNumber);
         self.deletions.queue.lock().scan_from = next;
         Ok(())
     }
@@ -172,8 +173,9 @@ impl Vfs {
             turn.keep();
             if let Some(file) = &inode.file {
                 let guard = file.pages.block(0..u64::MAX)?;
-                // What was promised for them is given back with the object.
-                let _ = invalidate_range(&file.pages, &guard, 0..u64::MAX)?;
+                let dropped = invalidate_range(&file.pages, &guard, 0..u64::MAX)?;
+                // Now: the object may live on for a while, among those whose times are to be stored.
+                self.give_back(file, dropped);
             }
             deletion.inode = None;
             return Ok((Some(deletion), Progress::Worked));
@@ -222,6 +224,7 @@ impl Worker for DeletionWorker {
             queue.is_working = deletion.is_some() || queue.scan_from.is_some();
             (deletion, queue.scan_from)
         };
+        let number = deletion.as_ref().map(|deletion| deletion.number);
         let outcome = match (deletion, scan_from) {
             (Some(deletion), _) => vfs.delete_step(deletion, budget),
             (None, Some(from)) => vfs.scan_for_leftovers(from).map(|()| (None, Progress::Worked)),
@@ -229,7 +232,18 @@ impl Worker for DeletionWorker {
         };
         let mut queue = vfs.deletions.queue.lock();
         queue.is_working = false;
-        let (unfinished, progress) = outcome?;
+        let (unfinished, progress) = match outcome {
+            // Damage to one file, or to the notes, is no reason to stop everybody: what stays is the next mount's or fsck's.
+            Err(error) if error.is_media_error() && vfs.journal.latched().is_none() => {
+                if number.is_none() {
+                    queue.scan_from = None;
+                }
+                let what = number.map_or_else(|| "unlinked files".into(), |number| format!("unlinked inode {number}"));
+                tracing::error!("{what} cannot be deleted: {error}; fsck.coppice repairs it");
+                (None, Progress::Worked)
+            }
+            outcome => outcome?,
+        };
         if let Some(deletion) = unfinished {
             match progress {
                 // The same one next, or the others first while it waits.

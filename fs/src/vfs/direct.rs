@@ -398,6 +398,8 @@ impl Vfs {
             Err(error) => {
                 super::attributes::restore_times(inode, before);
                 if committed_to > range.start {
+                    // Memory is never behind the tree.
+                    inode.raise_size(committed_to.min(end));
                     held.discard_clean();
                 }
                 Err(error)

@@ -12,6 +12,8 @@
 use rustix::io::Errno;
 
 use super::Vfs;
+use super::attributes::without_set_id;
+use super::caller::is_privileged;
 use super::file::FILE_BYTES_MAX;
 use super::inode::VfsInode;
 use super::types::{Caller, SetAttributes};
@@ -48,7 +50,7 @@ impl Vfs {
     /// `EOPNOTSUPP` for modes that are not served, `ENOSPC`, `EFBIG`, `EPERM`.
     pub fn fallocate(
         &self,
-        _caller: &Caller,
+        caller: &Caller,
         node: u64,
         handle: u64,
         offset: u64,
@@ -67,6 +69,7 @@ impl Vfs {
             return Err(Errno::INVAL.into());
         }
         let end = offset.checked_add(length).filter(|&end| end <= FILE_BYTES_MAX).ok_or(Error::Posix(Errno::FBIG))?;
+        self.clear_set_id_for(caller, inode)?;
         if let Some(armed) = armed {
             return self.fire(inode, armed, (offset, end), mode);
         }
@@ -88,6 +91,20 @@ impl Vfs {
         }
         drop(lock);
         if self.is_synchronous() { self.make_durable(inode, true) } else { Ok(()) }
+    }
+
+    /// FUSE does not say whether the caller may keep the bits that lend rights, as it does for a write.
+    fn clear_set_id_for(&self, caller: &Caller, inode: &Arc<VfsInode>) -> Result<()> {
+        let is_lending = || {
+            let mode = inode.state().inode.mode;
+            without_set_id(mode) != mode
+        };
+        if is_privileged(caller) || !is_lending() {
+            return Ok(());
+        }
+        let _lock = inode.lock.write();
+        self.check_range_change(inode, false)?;
+        self.clear_set_id(inode)
     }
 
     /// Fails where the content may not be changed. The caller holds the inode lock.

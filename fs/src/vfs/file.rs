@@ -89,12 +89,13 @@ impl Vfs {
         Ok(())
     }
 
-    /// A descriptor of the handle is closed: reports errors of delayed writes that it has not reported yet.
+    /// A descriptor of the handle is closed: says what errors of delayed writes the handle has not reported yet. An fsync through another descriptor reports
+    /// them all the same: that one of them was closed, by a child that ended, say, nobody may have looked at.
     ///
     /// # Errors
     /// Those errors.
     pub fn flush(&self, _caller: &Caller, node: u64, handle: u64) -> Result<()> {
-        self.file_handle(node, handle)?.check_late_errors()
+        self.file_handle(node, handle)?.peek_late_errors()
     }
 
     /// Target of a symbolic link.
@@ -275,6 +276,9 @@ impl Vfs {
         if !request.from_page_cache && (flags & FLAG_IMMUTABLE != 0 || (flags & FLAG_APPEND != 0 && !is_append)) {
             return Err(Errno::PERM.into());
         }
+        if !request.from_page_cache {
+            self.drop_capabilities(&inode)?;
+        }
         // What the kernel's page cache has delayed is no direct write, whatever the handle says.
         let written = if request.direct && !request.from_page_cache {
             self.write_direct(&inode, at, request.data, request.clear_set_id)
@@ -283,7 +287,10 @@ impl Vfs {
         };
         let bytes = written.inspect_err(|error| self.tell_of_damage(inode.number, error))?;
         if (request.synchronous && !request.from_page_cache) || flags & FLAG_SYNC != 0 || self.is_synchronous() {
-            self.make_durable(&inode, true)?;
+            let outcome = self.make_durable(&inode, true);
+            // What this answers is not to be said again by the handle's next fsync.
+            let late = handle.map_or(Ok(()), |handle| handle.check_late_errors());
+            outcome.and(late)?;
         }
         Ok(u32::try_from(bytes).unwrap_or(u32::MAX))
     }
@@ -308,6 +315,9 @@ impl Vfs {
                 return Err(Errno::FBIG.into());
             }
             length = length.min(FILE_BYTES_MAX - offset);
+        }
+        if let Some(failure) = file.pages.failure() {
+            return Err(failure);
         }
         // With nothing held: whoever else wants this file is not slowed down.
         self.cache.pace_writer(length)?;
@@ -339,10 +349,15 @@ impl Vfs {
         };
         length = length.min(FILE_BYTES_MAX.saturating_sub(offset));
         let data = usize::try_from(length).ok().and_then(|length| data.get(..length)).unwrap_or(data);
-        let outcome = self.write_pages(inode, file, offset, data, reservation);
-        // What the kernel has delayed happened earlier; it sends the time of that itself.
-        if outcome.bytes > 0 && !(delayed && self.options.kernel_delays_writes) {
+        // What the kernel has delayed happened earlier; it sends the time of that itself. Before the blocks are dirty: the commit of the last of them
+        // then has it.
+        let is_timed = !(delayed && self.options.kernel_delays_writes);
+        if is_timed {
             self.note_modification(inode);
+        }
+        let outcome = self.write_pages(inode, file, offset, data, reservation);
+        if is_timed && outcome.bytes == 0 {
+            self.delay_times(inode);
         }
         drop((shared, exclusive));
         match outcome.error {
@@ -377,7 +392,7 @@ impl Vfs {
         outcome
     }
 
-    /// Sets the times of a change of content, in memory; the commit of the data stores them.
+    /// Sets the times of a change of content that comes next, in memory; the commit of the data stores them.
     fn note_modification(&self, inode: &VfsInode) {
         let now = self.env.now();
         let mut state = inode.state_for_times();

@@ -33,6 +33,17 @@ impl Handle {
         is_writable(self.flags)
     }
 
+    /// An error of delayed writes that this handle has not reported; it will report it again.
+    ///
+    /// # Errors
+    /// That error.
+    pub fn peek_late_errors(&self) -> Result<()> {
+        match &self.inode.file {
+            Some(file) => file.pages.errors().peek(&self.error_cursor.lock()),
+            None => Ok(()),
+        }
+    }
+
     /// Reports an error of delayed writes that this handle has not reported, once.
     ///
     /// # Errors

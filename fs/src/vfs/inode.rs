@@ -68,12 +68,15 @@ pub(super) struct VfsInode {
     sequence: AtomicU64,
     /// The access time needs no change before this time, in seconds since 1970, unless another time changes.
     access_settled_until: AtomicI64,
+    /// The file is known to lend no capabilities to who runs it. Cleared under the exclusive inode lock, set under the shared one.
+    lends_no_capabilities: AtomicBool,
     /// Open handles.
     opens: AtomicU32,
     /// Those of them that were opened for writing.
     writable_opens: AtomicU32,
-    /// One writeback of an inode at a time; also held, for ever, by its deletion.
+    /// One writeback of an inode at a time; also held, for ever, by its deletion, which says so.
     writeback_busy: AtomicBool,
+    writeback_ended: AtomicBool,
     writeback_done: Event,
 }
 
@@ -81,8 +84,10 @@ pub(super) struct VfsInode {
 pub(super) struct WritebackTurn<'a>(&'a VfsInode);
 
 impl WritebackTurn<'_> {
-    /// Never gives the turn back: the inode is being deleted.
+    /// Never gives the turn back: the inode is being deleted. Whoever waits for it is told.
     pub fn keep(self) {
+        self.0.writeback_ended.store(true, Ordering::Release);
+        self.0.writeback_done.notify();
         std::mem::forget(self);
     }
 }
@@ -129,9 +134,11 @@ impl VfsInode {
             file,
             sequence: AtomicU64::new(sequence.0),
             access_settled_until: AtomicI64::new(i64::MIN),
+            lends_no_capabilities: AtomicBool::new(false),
             opens: AtomicU32::new(0),
             writable_opens: AtomicU32::new(0),
             writeback_busy: AtomicBool::new(false),
+            writeback_ended: AtomicBool::new(false),
             writeback_done: Event::new(),
         }
     }
@@ -155,6 +162,16 @@ impl VfsInode {
     /// The access time needs no change before `seconds`. The caller has the state.
     pub fn settle_access(&self, seconds: i64) {
         self.access_settled_until.store(seconds, Ordering::Release);
+    }
+
+    /// Whether the file is known to lend no capabilities.
+    pub fn lends_no_capabilities(&self) -> bool {
+        self.lends_no_capabilities.load(Ordering::Acquire)
+    }
+
+    /// Notes whether the file is known to lend no capabilities. The caller holds the inode lock: exclusively, if it is not known any more.
+    pub fn set_lends_no_capabilities(&self, known: bool) {
+        self.lends_no_capabilities.store(known, Ordering::Release);
     }
 
     /// Size in bytes.
@@ -286,6 +303,11 @@ impl VfsInode {
         let taken = self.writeback_busy.compare_exchange(false, true, Ordering::AcqRel, Ordering::Relaxed);
         // Not `then_some`: a turn that is made and dropped gives somebody else's back.
         taken.is_ok().then(|| WritebackTurn(self))
+    }
+
+    /// Whether nobody gets the turn any more.
+    pub fn is_writeback_ended(&self) -> bool {
+        self.writeback_ended.load(Ordering::Acquire)
     }
 
     pub fn writeback_event(&self) -> &Event {

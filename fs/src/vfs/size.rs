@@ -42,7 +42,7 @@ impl Vfs {
         let from = size.min(old_size);
         let _shrinking = (size < old_size).then(|| inode.shrink());
         // What was collected before would bring the old size back, and what is collected now has it too, until memory has the new one.
-        let _turn = self.writeback_turn(inode)?;
+        let _turn = self.writeback_turn(inode)?.ok_or(Error::Posix(Errno::STALE))?;
         // The last block may have to be zeroed: never refused, since truncation must work on a full filesystem.
         file.reserved.lock().merge(self.space.reserve_privileged(2 * file.pages.block_bytes()));
         let _replacing = self.replacing.read();

@@ -14,7 +14,10 @@ impl Vfs {
     pub(super) fn make_durable(&self, inode: &Arc<VfsInode>, data_only: bool) -> Result<()> {
         if !self.options.read_only {
             self.check_writable()?;
-            let outcome = self.write_back(inode).and_then(|()| self.wait_for_replacements(inode));
+            let outcome = self
+                .write_back(inode)
+                .and_then(|()| self.wait_for_replacements(inode))
+                .and_then(|is_again| if is_again { self.write_back(inode) } else { Ok(()) });
             if !data_only {
                 self.store_delayed_times(inode)?;
             }
@@ -24,13 +27,14 @@ impl Vfs {
     }
 
     /// Waits for those who had taken dirty blocks out of the cache, to replace them by a commit, when we looked for dirty blocks: a punch or a
-    /// truncation holds the inode's lock exclusively until it has committed, a direct write keeps them as if they were being written.
-    fn wait_for_replacements(&self, inode: &VfsInode) -> Result<()> {
-        if let Some(file) = &inode.file {
-            file.pages.wait_for_writeback(&(0..u64::MAX))?;
-            drop(inode.lock.read());
-        }
-        Ok(())
+    /// truncation holds the inode's lock exclusively until it has committed, a direct write keeps them as if they were being written. Returns whether one of
+    /// these was waited for: if it failed, they are dirty again.
+    fn wait_for_replacements(&self, inode: &VfsInode) -> Result<bool> {
+        let Some(file) = &inode.file else { return Ok(false) };
+        let is_held = file.pages.is_being_written(&(0..u64::MAX));
+        file.pages.wait_for_writeback(&(0..u64::MAX))?;
+        drop(inode.lock.read());
+        Ok(is_held)
     }
 
     /// Makes a file durable; its access time only if not `data_only`.
@@ -86,15 +90,21 @@ impl Vfs {
     /// Makes everything durable.
     ///
     /// # Errors
-    /// Of this; errors of delayed writes are also kept for the files' own handles.
+    /// The first error; everything else is durable all the same. Errors of delayed writes are also kept for the files' own handles.
     pub fn sync(&self) -> Result<()> {
         self.check_alive()?;
+        let mut outcome = Ok(());
         if !self.options.read_only {
             self.check_writable()?;
-            self.write_back_all()?;
+            outcome = self.write_back_all();
             // As for one file: those who took dirty blocks out of the cache have committed.
+            let is_replacing = self.replacing.try_write().is_none();
             drop(self.replacing.write());
+            if is_replacing {
+                // One that failed has left them dirty.
+                outcome = outcome.and(self.write_back_all());
+            }
         }
-        self.journal.flush(self.journal.newest())
+        outcome.and(self.journal.flush(self.journal.newest()))
     }
 }

@@ -45,9 +45,12 @@ pub(super) struct DelayedTimes {
 }
 
 impl Vfs {
-    /// Waits for the right to write this inode back.
-    pub(super) fn writeback_turn<'a>(&self, inode: &'a VfsInode) -> Result<WritebackTurn<'a>> {
-        self.env.wait(inode.writeback_event(), || inode.try_writeback_turn())
+    /// Waits for the right to write this inode back. There is none, and nothing to be written, once it is being deleted.
+    pub(super) fn writeback_turn<'a>(&self, inode: &'a VfsInode) -> Result<Option<WritebackTurn<'a>>> {
+        self.env.wait(inode.writeback_event(), || match inode.try_writeback_turn() {
+            None if !inode.is_writeback_ended() => None,
+            turn => Some(turn),
+        })
     }
 
     /// Commits what is dirty of the inode now. What becomes dirty meanwhile may be left.
@@ -56,7 +59,7 @@ impl Vfs {
         if file.pages.unwritten_blocks() == 0 {
             return Ok(());
         }
-        let turn = self.writeback_turn(inode)?;
+        let Some(turn) = self.writeback_turn(inode)? else { return Ok(()) };
         let outcome = self.write_back_pass(inode, file, u64::MAX);
         drop(turn);
         outcome.map(|_| ())
@@ -64,10 +67,11 @@ impl Vfs {
 
     /// Commits what is dirty of `range` (bytes) now, with what is dirty before it (the size must not grow over that), and waits for what others are committing.
     pub(super) fn write_back_part(&self, inode: &VfsInode, file: &FilePages, range: &Range<u64>) -> Result<()> {
-        let turn = self.writeback_turn(inode)?;
-        let outcome = self.write_back_pass(inode, file, u64::MAX);
-        drop(turn);
-        outcome?;
+        if let Some(turn) = self.writeback_turn(inode)? {
+            let outcome = self.write_back_pass(inode, file, u64::MAX);
+            drop(turn);
+            outcome?;
+        }
         file.pages.wait_for_writeback(range)
     }
 

@@ -16,6 +16,8 @@ use crate::transaction::{CommitOptions, Committed};
 
 /// A read-only attribute with the time of creation, which FUSE has no other way for: seconds, a point, nanoseconds.
 const BIRTH_TIME: &[u8] = b"user.coppice.birth_time";
+/// The attribute by which a file lends capabilities to who runs it.
+const CAPABILITIES: &[u8] = b"security.capability";
 const NAMES_BYTES_MAX: usize = 64 << 10;
 
 impl Vfs {
@@ -52,8 +54,37 @@ impl Vfs {
         for (_, stored) in &changed {
             inode.apply(stored, sequence);
         }
+        inode.set_lends_no_capabilities(false);
         drop(lock);
         self.settle(inode)
+    }
+
+    /// Takes the capabilities off that a file lends to who runs it, before its content is changed. The kernel does so itself where it caches the file's data.
+    ///
+    /// # Errors
+    /// Those of the commit.
+    pub(super) fn drop_capabilities(&self, inode: &Arc<VfsInode>) -> Result<()> {
+        if inode.lends_no_capabilities() {
+            return Ok(());
+        }
+        {
+            let _lock = inode.lock.read();
+            match self.namespace.xattr(&mut self.transactions.read(), inode.number, CAPABILITIES) {
+                Ok(None) => {
+                    inode.set_lends_no_capabilities(true);
+                    return Ok(());
+                }
+                Ok(Some(_)) => {}
+                // What cannot be read lends nothing either.
+                Err(_) => return Ok(()),
+            }
+        }
+        let _lock = inode.lock.write();
+        let committed = self.transactions.run(CommitOptions::default(), |transaction| {
+            self.namespace.drop_capabilities(transaction, inode.number, CAPABILITIES)
+        })?;
+        inode.committed(committed.sequence);
+        Ok(())
     }
 
     /// Value of an extended attribute.
@@ -77,12 +108,8 @@ impl Vfs {
     /// `E2BIG` if they are more than Linux passes on; those of the media.
     pub fn list_xattrs(&self, caller: &Caller, node: u64) -> Result<Vec<u8>> {
         let inode = self.inode(node)?;
-        let mut names = self.namespace.xattr_names(&mut self.transactions.read(), inode.number)?;
-        if !is_privileged(caller) {
-            let visible = names.split_inclusive(|&byte| byte == 0).filter(|name| !name.starts_with(b"trusted."));
-            names = visible.flatten().copied().collect();
-        }
-        if names.len() > NAMES_BYTES_MAX { Err(Errno::TOOBIG.into()) } else { Ok(names) }
+        let is_shown = |name: &[u8]| is_privileged(caller) || !name.starts_with(b"trusted.");
+        self.namespace.xattr_names(&mut self.transactions.read(), inode.number, is_shown, NAMES_BYTES_MAX)
     }
 
     /// Removes an extended attribute.

@@ -196,6 +196,33 @@ fn a_latched_cache_throws_writers_out() {
     assert!(matches!(file.write(1 << 20, &[1; 4096]), Err(Error::Latched { .. })));
 }
 
+/// At the dirty limit: what failed is tried again before a writer of another file hears of it; then it does, for else it would wait for ever.
+#[test]
+fn a_writer_does_not_wait_for_what_fails_again() {
+    let options = CacheOptions { dirty_limit_bytes: Some(8 * BLOCK), ..CacheOptions::new(1 << 20) };
+    let cache = Cache::new(Env::real(), Arc::new(Metrics::default()), options).unwrap();
+    let (failing, other) = (File::new(&cache, 1, 0), File::new(&cache, 2, 0));
+    failing.write(0, &[1; 8 * 4096]).unwrap();
+    assert!(failing.space.failure().is_none());
+    failing.write_back(u64::MAX, true);
+    assert!(failing.space.failure().is_some());
+    let (ended, end) = std::sync::mpsc::channel();
+    let writer = Arc::clone(&other);
+    std::thread::spawn(move || ended.send(writer.write(0, &[2; 4096])));
+    while !cache.needs_writeback() || cache.metrics().pagecache_writer_throttled.get() == 0 {
+        std::thread::yield_now();
+    }
+    assert!(end.try_recv().is_err(), "it gives up before anything was tried again");
+    let outcome = (0..600).find_map(|_| {
+        failing.write_back(u64::MAX, true);
+        end.recv_timeout(std::time::Duration::from_millis(100)).ok()
+    });
+    assert!(matches!(outcome, Some(Err(Error::ReadOnly))), "{outcome:?}");
+    failing.write_back(u64::MAX, false);
+    assert!(failing.space.failure().is_none());
+    other.write(0, &[2; 4096]).unwrap();
+}
+
 #[test]
 fn interleaved_readers_of_one_file_do_not_disturb_each_other() {
     let bench = Bench::new(1, CacheOptions::new(512 << 20));
