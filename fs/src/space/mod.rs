@@ -148,6 +148,9 @@ impl Space {
             punch_cursor: crate::sync::Mutex::new((DeviceIndex(0), BucketIndex(0))),
             node_cursors: [AtomicU64::new(0), AtomicU64::new(0)],
         });
+        // Who waits for a bucket looks whether the journal still works, and must be woken to do so.
+        let waited_on = Arc::clone(&space.allocator);
+        space.journal.on_latch(std::sync::Arc::new(move |_| waited_on.changed().notify()));
         space.refresh_node_bytes();
         space.load_emptied()?;
         Ok(space)

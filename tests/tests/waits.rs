@@ -1,0 +1,252 @@
+//! What goes on after a failure: nobody waits for what has become impossible, reading goes on, and what is dropped lets go.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+use coppicefs::btree::{CheckpointLog, CheckpointReason, LogBoundary};
+use coppicefs::device::{BlockDevice, MemDevice, SimDevice, SimOptions};
+use coppicefs::env::Env;
+use coppicefs::filesystem::format::test_geometry;
+use coppicefs::filesystem::{Filesystem, OpenOptions, WorkerSet};
+use coppicefs::format::{BtreeId, Position};
+use coppicefs::space::{TestSwitches, Watermark, WritePoint};
+use coppicefs::transaction::CommitOptions;
+use coppicefs::units::JournalSequence;
+use coppicefs::{Error, Result};
+use coppicefs_tests::damage::Target;
+use coppicefs_tests::faulty::FaultyDevice;
+use coppicefs_tests::limit::Limit;
+use coppicefs_tests::mount::wait_until;
+use coppicefs_tests::simulated::device_of;
+
+const DEVICE_BYTES: u64 = 64 << 20;
+/// What a wait that ends may take on a loaded machine.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn options() -> OpenOptions {
+    // The least that there can be for nodes: a few dozen.
+    OpenOptions { cache_bytes: 4 << 20, ..OpenOptions::default() }
+}
+
+fn formatted(device: Arc<dyn BlockDevice>) -> Arc<dyn BlockDevice> {
+    Filesystem::format(&device, &test_geometry(), &Env::real()).unwrap();
+    device
+}
+
+/// Commits one key; it means nothing, and nobody looks at it.
+fn put(filesystem: &Filesystem, index: u64, value: u8) -> Result<()> {
+    let options = CommitOptions { raw: true, ..CommitOptions::default() };
+    filesystem.transactions().run(options, |transaction| {
+        transaction.put(BtreeId::Xattrs, Position::new(1 << 40 | index, 0, u32::MAX), vec![value; 100]);
+        Ok(())
+    })?;
+    Ok(())
+}
+
+fn scan(filesystem: &Filesystem, btree: BtreeId) -> Result<usize> {
+    let (mut from, mut keys) = (Position::MIN, 0);
+    loop {
+        let found = filesystem.forest().scan(btree, from, Position::MAX, 1000)?;
+        keys += found.keys.len();
+        match found.covered_to.successor() {
+            Some(next) => from = next,
+            None => return Ok(keys),
+        }
+    }
+}
+
+/// Runs something that may never end beside the test.
+fn beside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Receiver<T> {
+    let (sender, receiver) = channel();
+    std::thread::spawn(move || sender.send(work()));
+    receiver
+}
+
+fn counter(filesystem: &Filesystem, name: &str) -> u64 {
+    filesystem.metrics().snapshot().iter().find(|(found, _)| *found == name).map_or(0, |(_, value)| *value)
+}
+
+/// A commit that came when the checkpoint worker had ended waited for it for ever, and the end of the mount with it.
+#[test]
+fn commits_do_not_wait_for_checkpoints_that_will_never_be() {
+    let _limit = Limit::new();
+    let filesystem = Filesystem::open(vec![formatted(Arc::new(MemDevice::new(DEVICE_BYTES)))], &options()).unwrap();
+    (0..12_000).for_each(|index| put(&filesystem, index, 1).unwrap());
+    filesystem.checkpoint().unwrap();
+    let mut hold = None;
+    wait_until("a moment without a checkpoint", || {
+        hold = filesystem.forest().hold_checkpoints();
+        hold.is_some()
+    });
+    let waits = counter(&filesystem, "transaction.checkpoint_waits");
+    let committing = beside({
+        let filesystem = Arc::clone(&filesystem);
+        move || (0..12_000).try_for_each(|index| put(&filesystem, index * 131 % 12_000, 2))
+    });
+    wait_until("a commit waits", || counter(&filesystem, "transaction.checkpoint_waits") > waits);
+    filesystem.journal().latch("a test");
+    drop(hold);
+    let first = committing.recv_timeout(PATIENCE).expect("the commit that waited was not told");
+    assert!(matches!(first, Err(Error::Latched { .. })), "{first:?}");
+    let next = beside({
+        let filesystem = Arc::clone(&filesystem);
+        move || put(&filesystem, 1, 3)
+    });
+    let next = next.recv_timeout(PATIENCE).expect("the commit after it waits for ever");
+    assert!(matches!(next, Err(Error::Latched { .. })), "{next:?}");
+    let closed = beside(move || filesystem.close());
+    closed.recv_timeout(PATIENCE).expect("the mount does not end").unwrap();
+}
+
+/// Who waited for a free bucket was not woken when the journal failed.
+#[test]
+fn nobody_waits_for_a_bucket_when_nothing_is_written_any_more() {
+    let _limit = Limit::new();
+    let filesystem = Filesystem::open(vec![formatted(Arc::new(MemDevice::new(DEVICE_BYTES)))], &options()).unwrap();
+    let allocating = beside({
+        let filesystem = Arc::clone(&filesystem);
+        move || {
+            // Held: so somebody might give space back.
+            let mut held = Vec::new();
+            loop {
+                match filesystem.space().allocate(WritePoint::User(1), 64 << 10, Watermark::Normal) {
+                    Ok(allocation) => held.push(allocation),
+                    Err(error) => return error,
+                }
+            }
+        }
+    });
+    let mut seen = (0, 0);
+    wait_until("an allocation waits", || {
+        let now = counter(&filesystem, "space.allocations");
+        seen = if now == seen.0 { (now, seen.1 + 1) } else { (now, 0) };
+        now > 100 && seen.1 > 100
+    });
+    filesystem.journal().latch("a test");
+    let error = allocating.recv_timeout(PATIENCE).expect("the allocation waits for ever");
+    assert!(matches!(error, Error::Latched { .. }), "{error:?}");
+    filesystem.close().unwrap();
+}
+
+/// A journal that panics when it is asked for F.
+struct Panicking;
+
+impl CheckpointLog for Panicking {
+    fn boundary(&self) -> Result<LogBoundary> {
+        panic!("on purpose")
+    }
+    fn flush(&self, _: JournalSequence) -> Result<()> {
+        Ok(())
+    }
+    fn newest(&self) -> JournalSequence {
+        JournalSequence(0)
+    }
+    fn release_before(&self, _: u64, _: JournalSequence) {}
+    fn fill_permille(&self) -> u32 {
+        0
+    }
+    fn unreflected_permille(&self) -> u32 {
+        0
+    }
+    fn on_pressure(&self, _: Box<dyn Fn() + Send + Sync>) {}
+}
+
+/// It looked as if it ran for ever, and the next one waited for its end.
+#[test]
+fn a_checkpoint_that_panicked_is_waited_for_by_nobody() {
+    let _limit = Limit::new();
+    let filesystem = Filesystem::open(vec![formatted(Arc::new(MemDevice::new(DEVICE_BYTES)))], &options()).unwrap();
+    put(&filesystem, 1, 1).unwrap();
+    let forest = Arc::clone(filesystem.forest());
+    let unwound = catch_unwind(AssertUnwindSafe(|| forest.checkpoint(&Panicking, CheckpointReason::Requested)));
+    assert!(unwound.is_err());
+    let next = beside({
+        let filesystem = Arc::clone(&filesystem);
+        move || filesystem.checkpoint()
+    });
+    let next = next.recv_timeout(PATIENCE).expect("the next checkpoint waits for ever");
+    assert!(matches!(next, Err(Error::Latched { .. })), "{next:?}");
+}
+
+/// What a failed checkpoint had not written was evicted, and could not be read any more.
+#[test]
+fn reading_goes_on_after_a_checkpoint_that_could_not_be_written() {
+    let _limit = Limit::new();
+    let folder = tempfile::tempdir().unwrap();
+    let switch = folder.path().join("broken");
+    let plan = format!("write@0..=eio,when={}", switch.display()).parse().unwrap();
+    let device = FaultyDevice::new(formatted(Arc::new(MemDevice::new(DEVICE_BYTES))), plan);
+    let filesystem = Filesystem::open(vec![Arc::new(device)], &options()).unwrap();
+    (0..12_000).for_each(|index| put(&filesystem, index, 1).unwrap());
+    filesystem.checkpoint().unwrap();
+    let keys = scan(&filesystem, BtreeId::Xattrs).unwrap();
+    (0..12).for_each(|index| put(&filesystem, index * 1000, 2).unwrap());
+    std::fs::write(&switch, "").unwrap();
+    assert!(filesystem.checkpoint().is_err());
+    for _ in 0..2 {
+        assert_eq!(scan(&filesystem, BtreeId::Xattrs).unwrap(), keys);
+        assert!(BtreeId::ALL.iter().all(|&btree| scan(&filesystem, btree).is_ok()));
+    }
+    assert!(counter(&filesystem, "btree.evictions") > 0, "all of it was in memory");
+    filesystem.close().unwrap();
+}
+
+/// Nodes with a bad copy were kept in memory, all of them, to be written by a checkpoint that a read-only mount never makes.
+#[test]
+fn what_is_read_only_keeps_no_node_to_be_written() {
+    let _limit = Limit::new();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("image");
+    std::fs::File::create(&path).unwrap().set_len(DEVICE_BYTES).unwrap();
+    {
+        let device = Filesystem::open_device_waiting(&path, &Default::default()).unwrap();
+        let filesystem = Filesystem::open(vec![formatted(Arc::new(device))], &options()).unwrap();
+        (0..12_000).for_each(|index| put(&filesystem, index, 1).unwrap());
+        filesystem.close().unwrap();
+    }
+    {
+        let target = Target::open(&path);
+        let checkpoint = target.checkpoints().remove(0);
+        for (.., pointer) in target.nodes(&checkpoint) {
+            target.destroy_copy(&pointer, pointer.copies.first().unwrap());
+        }
+    }
+    let read_only = OpenOptions { read_only: true, ..options() };
+    let filesystem = Filesystem::open_path(&path, &read_only).unwrap();
+    assert!(scan(&filesystem, BtreeId::Xattrs).unwrap() > 11_000);
+    assert!(counter(&filesystem, "btree.node_read_repaired") > 50);
+    assert_eq!(filesystem.forest().dirty_bytes(), 0);
+    filesystem.close().unwrap();
+}
+
+/// The first checkpoint after a replay only saves the next replay.
+#[test]
+fn a_mount_goes_on_without_space_for_its_first_checkpoint() {
+    let _limit = Limit::new();
+    let device = Arc::new(SimDevice::new(DEVICE_BYTES, SimOptions { block_bytes: 4096, ..SimOptions::default() }));
+    formatted(Arc::clone(&device) as _);
+    let essential = OpenOptions { workers: WorkerSet::Essential, ..options() };
+    let filesystem = Filesystem::open(vec![Arc::clone(&device) as _], &essential).unwrap();
+    (0..1500).for_each(|index| put(&filesystem, index, 1).unwrap());
+    filesystem.journal().flush(filesystem.journal().newest()).unwrap();
+    let image = device.snapshot().everything();
+    filesystem.close().unwrap();
+    let switches = TestSwitches { refuse_allocations: Some((0, u32::MAX)), ..TestSwitches::default() };
+    let full = OpenOptions { switches, ..options() };
+    let filesystem = Filesystem::open(vec![device_of(image)], &full).unwrap();
+    assert!(filesystem.replayed().keys > 0);
+    assert_eq!(scan(&filesystem, BtreeId::Xattrs).unwrap(), 1500);
+}
+
+/// Its workers went on, and kept the device.
+#[test]
+fn a_filesystem_that_is_dropped_lets_go_of_its_device() {
+    let _limit = Limit::new();
+    let device = formatted(Arc::new(MemDevice::new(DEVICE_BYTES)));
+    let filesystem = Filesystem::open(vec![Arc::clone(&device)], &options()).unwrap();
+    put(&filesystem, 1, 1).unwrap();
+    drop(filesystem);
+    assert_eq!(Arc::strong_count(&device), 1);
+}
