@@ -35,8 +35,11 @@ impl Space {
         let newest = self.journal.newest();
         let keys = self.transactions.read().range(BtreeId::NeedDiscard, Position::MIN, Position::MAX, usize::MAX)?;
         for (position, _) in keys {
-            if let Ok(device) = u8::try_from(position.inode) {
-                self.allocator.add_emptied((DeviceIndex(device), BucketIndex(position.offset)), newest);
+            let Ok(device) = u8::try_from(position.inode) else { continue };
+            let key = (DeviceIndex(device), BucketIndex(position.offset));
+            // A key that is damaged must not hand out the journal.
+            if !self.is_fixed(key) {
+                self.allocator.add_emptied(key, newest);
             }
         }
         Ok(())
