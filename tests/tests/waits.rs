@@ -2,18 +2,21 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
-use coppicefs::btree::{CheckpointLog, CheckpointReason, LogBoundary};
-use coppicefs::device::{BlockDevice, MemDevice, SimDevice, SimOptions};
+use coppicefs::btree::{CheckpointHold, CheckpointLog, CheckpointReason, LogBoundary};
+use coppicefs::device::{BlockDevice, MemDevice, ReadRequest, SimDevice, SimOptions, WriteRequest};
 use coppicefs::env::Env;
 use coppicefs::filesystem::format::test_geometry;
 use coppicefs::filesystem::{Filesystem, OpenOptions, WorkerSet};
+use coppicefs::format::space::{Bucket, BucketState};
 use coppicefs::format::{BtreeId, Position};
 use coppicefs::space::{TestSwitches, Watermark, WritePoint};
 use coppicefs::transaction::CommitOptions;
 use coppicefs::units::JournalSequence;
+use coppicefs::vfs::Caller;
 use coppicefs::{Error, Result};
 use coppicefs_tests::damage::Target;
 use coppicefs_tests::faulty::FaultyDevice;
@@ -57,6 +60,16 @@ fn scan(filesystem: &Filesystem, btree: BtreeId) -> Result<usize> {
     }
 }
 
+/// Keeps checkpoints away, as soon as none runs.
+fn held(filesystem: &Filesystem) -> CheckpointHold<'_> {
+    let mut hold = None;
+    wait_until("a moment without a checkpoint", || {
+        hold = filesystem.forest().hold_checkpoints();
+        hold.is_some()
+    });
+    hold.unwrap()
+}
+
 /// Runs something that may never end beside the test.
 fn beside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Receiver<T> {
     let (sender, receiver) = channel();
@@ -75,11 +88,7 @@ fn commits_do_not_wait_for_checkpoints_that_will_never_be() {
     let filesystem = Filesystem::open(vec![formatted(Arc::new(MemDevice::new(DEVICE_BYTES)))], &options()).unwrap();
     (0..12_000).for_each(|index| put(&filesystem, index, 1).unwrap());
     filesystem.checkpoint().unwrap();
-    let mut hold = None;
-    wait_until("a moment without a checkpoint", || {
-        hold = filesystem.forest().hold_checkpoints();
-        hold.is_some()
-    });
+    let hold = held(&filesystem);
     let waits = counter(&filesystem, "transaction.checkpoint_waits");
     let committing = beside({
         let filesystem = Arc::clone(&filesystem);
@@ -229,15 +238,18 @@ fn a_mount_goes_on_without_space_for_its_first_checkpoint() {
     formatted(Arc::clone(&device) as _);
     let essential = OpenOptions { workers: WorkerSet::Essential, ..options() };
     let filesystem = Filesystem::open(vec![Arc::clone(&device) as _], &essential).unwrap();
-    (0..1500).for_each(|index| put(&filesystem, index, 1).unwrap());
+    let hold = held(&filesystem);
+    // Fewer nodes than commits wait for, more than there are slots for.
+    (0..800).for_each(|index| put(&filesystem, index, 1).unwrap());
     filesystem.journal().flush(filesystem.journal().newest()).unwrap();
     let image = device.snapshot().everything();
+    drop(hold);
     filesystem.close().unwrap();
     let switches = TestSwitches { refuse_allocations: Some((0, u32::MAX)), ..TestSwitches::default() };
     let full = OpenOptions { switches, ..options() };
     let filesystem = Filesystem::open(vec![device_of(image)], &full).unwrap();
     assert!(filesystem.replayed().keys > 0);
-    assert_eq!(scan(&filesystem, BtreeId::Xattrs).unwrap(), 1500);
+    assert_eq!(scan(&filesystem, BtreeId::Xattrs).unwrap(), 800);
 }
 
 /// Its workers went on, and kept the device.
@@ -249,4 +261,90 @@ fn a_filesystem_that_is_dropped_lets_go_of_its_device() {
     put(&filesystem, 1, 1).unwrap();
     drop(filesystem);
     assert_eq!(Arc::strong_count(&device), 1);
+}
+
+/// What a damaged key calls emptied was freed, and handed out, whatever lies there.
+#[test]
+fn the_journal_is_not_handed_out_for_file_data() {
+    let _limit = Limit::new();
+    let device = formatted(Arc::new(MemDevice::new(DEVICE_BYTES)));
+    let essential = OpenOptions { workers: WorkerSet::Essential, ..options() };
+    let filesystem = Filesystem::open(vec![Arc::clone(&device)], &essential).unwrap();
+    let ring = filesystem.superblock().layout.journal.first().unwrap().clone();
+    let emptied = Bucket { state: BucketState::NeedDiscard, generation: 1, charged_bytes: 0 };
+    let raw = CommitOptions { raw: true, ..CommitOptions::default() };
+    let damage = filesystem.transactions().run(raw, |transaction| {
+        let at = Position::new(0, ring.first, 0);
+        transaction.put(BtreeId::Buckets, at, emptied.encode());
+        transaction.put(BtreeId::NeedDiscard, at, Vec::new());
+        Ok(())
+    });
+    damage.unwrap();
+    filesystem.close().unwrap();
+    let filesystem = Filesystem::open(vec![device], &essential).unwrap();
+    let mut held = Vec::new();
+    while let Some(one) = filesystem.space().allocate_now(WritePoint::User(1), 64 << 10, Watermark::Metadata).unwrap() {
+        assert!(!ring.contains(0, one.bucket.0), "bucket {} is the journal's", one.bucket);
+        held.push(one);
+    }
+    assert!(held.len() > 100);
+}
+
+/// A device that cannot take back what is free.
+#[derive(Debug)]
+struct Keeping {
+    inner: Arc<dyn BlockDevice>,
+    asked: AtomicU64,
+}
+
+impl BlockDevice for Keeping {
+    coppicefs::as_the_device_below!(inner);
+
+    fn is_read_only(&self) -> bool {
+        false
+    }
+    fn read_batch(&self, requests: &mut [ReadRequest<'_>], landed: &mut dyn FnMut(usize, Result<()>)) {
+        self.inner.read_batch(requests, landed);
+    }
+    fn write_batch(&self, requests: &[WriteRequest<'_>]) -> Result<()> {
+        self.inner.write_batch(requests)
+    }
+    fn flush(&self) -> Result<()> {
+        self.inner.flush()
+    }
+    fn discard(&self, offset: u64, length: u64) -> Result<()> {
+        self.asked.fetch_add(1, Ordering::Relaxed);
+        let source = Arc::new(std::io::Error::from_raw_os_error(rustix::io::Errno::NOSPC.raw_os_error()));
+        Err(Error::Device { operation: "discard", device: self.name().to_owned(), offset, length, source })
+    }
+}
+
+/// A hole that the host could not punch (its own metadata has no space, for one) made the filesystem read-only.
+#[test]
+fn a_host_that_takes_no_space_back_stops_nothing() {
+    let _limit = Limit::new();
+    let inner = formatted(Arc::new(MemDevice::new(DEVICE_BYTES)));
+    let device = Arc::new(Keeping { inner, asked: AtomicU64::new(0) });
+    let filesystem = Filesystem::open(vec![Arc::clone(&device) as _], &options()).unwrap();
+    let vfs = filesystem.vfs();
+    let caller = Caller { uid: 0, gid: 0, pid: 1, umask: 0 };
+    let name = std::ffi::OsStr::new("large");
+    let (entry, opened) = vfs.create(&caller, 1, name, 0o100_644, 2).unwrap();
+    let node = entry.attributes.node;
+    let data: Vec<u8> = (0..1 << 17).map(|index: u32| (index.wrapping_mul(2_654_435_761) >> 16) as u8).collect();
+    for block in 0..128 {
+        let request = coppicefs::vfs::WriteRequest::new(node, opened.handle, block << 17, &data);
+        assert_eq!(vfs.write(&caller, &request).unwrap(), 1 << 17);
+    }
+    vfs.fsync(&caller, node, opened.handle, false).unwrap();
+    vfs.release(node, opened.handle).unwrap();
+    vfs.unlink(&caller, 1, name).unwrap();
+    vfs.forget(node, 1);
+    wait_until("the host is asked to take space back", || device.asked.load(Ordering::Relaxed) > 0);
+    // Emptied buckets still become free.
+    wait_until("all is free", || filesystem.usage().need_discard_buckets == 0);
+    assert_eq!(filesystem.latched(), None);
+    put(&filesystem, 1, 1).unwrap();
+    filesystem.close().unwrap();
+    assert_eq!(device.asked.load(Ordering::Relaxed), 1, "it is not asked again");
 }
