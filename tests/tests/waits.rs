@@ -2,7 +2,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
@@ -18,11 +18,14 @@ use coppicefs::transaction::CommitOptions;
 use coppicefs::units::JournalSequence;
 use coppicefs::vfs::Caller;
 use coppicefs::{Error, Result};
+use coppicefs_tests::crash::seed_or;
 use coppicefs_tests::damage::Target;
 use coppicefs_tests::faulty::FaultyDevice;
 use coppicefs_tests::limit::Limit;
-use coppicefs_tests::mount::wait_until;
+use coppicefs_tests::mount::{count, wait_until};
 use coppicefs_tests::simulated::device_of;
+use rand_xoshiro::Xoshiro256PlusPlus;
+use rand_xoshiro::rand_core::{Rng, SeedableRng};
 
 const DEVICE_BYTES: u64 = 64 << 20;
 /// What a wait that ends may take on a loaded machine.
@@ -347,4 +350,74 @@ fn a_host_that_takes_no_space_back_stops_nothing() {
     put(&filesystem, 1, 1).unwrap();
     filesystem.close().unwrap();
     assert_eq!(device.asked.load(Ordering::Relaxed), 1, "it is not asked again");
+}
+
+/// Writes, syncs, cuts and deletes files of a directory of its own until it is told to stop. Errors are answers.
+fn churn(filesystem: &Filesystem, thread: u64, stop: &AtomicBool) {
+    let vfs = filesystem.vfs();
+    let caller = Caller { uid: 0, gid: 0, pid: 1, umask: 0 };
+    let mut random = Xoshiro256PlusPlus::seed_from_u64(thread);
+    let mut data = vec![0; 96 << 10];
+    random.fill_bytes(&mut data);
+    while !stop.load(Ordering::Relaxed) {
+        let name = format!("{thread} with a name that is long enough to fill leaves {}", random.next_u64() % 60);
+        let name = std::ffi::OsStr::new(&name);
+        if random.next_u64().is_multiple_of(3) {
+            let _ = vfs.unlink(&caller, 1, name);
+            continue;
+        }
+        let Ok((entry, opened)) = vfs.create(&caller, 1, name, 0o100_644, 2) else { continue };
+        let node = entry.attributes.node;
+        for _ in 0..random.next_u64() % 8 {
+            let offset = random.next_u64() % (4 << 20);
+            let length = 1 + random.next_u64() as usize % data.len();
+            let _ =
+                vfs.write(&caller, &coppicefs::vfs::WriteRequest::new(node, opened.handle, offset, &data[..length]));
+        }
+        if random.next_u64().is_multiple_of(4) {
+            let _ = vfs.fsync(&caller, node, opened.handle, false);
+        }
+        let _ = vfs.release(node, opened.handle);
+        vfs.forget(node, 1);
+    }
+}
+
+/// In the middle of everything the device fails, or the journal, or nothing: all threads and the end of the mount come to their end. `COPPICE_WAITS`
+/// (4) is how often it is tried, `COPPICE_SEED` (1) the first try's seed.
+#[test]
+fn everything_ends_whatever_fails() {
+    let _limit = Limit::new();
+    for seed in (seed_or(1)..).take(count("COPPICE_WAITS", 4) as usize) {
+        let mut random = Xoshiro256PlusPlus::seed_from_u64(seed);
+        let folder = tempfile::tempdir().unwrap();
+        let switch = folder.path().join("broken");
+        let kind = ["write@0..=eio", "flush@0..=eio", "write@7..=eio", "flush@2..=eio"][random.next_u64() as usize % 4];
+        let plan = format!("{kind},when={}", switch.display()).parse().unwrap();
+        let mut format = test_geometry();
+        format.journal_bytes = (128 << 10) << (random.next_u64() % 3);
+        let inner: Arc<dyn BlockDevice> = Arc::new(MemDevice::new(32 << 20));
+        Filesystem::format(&inner, &format, &Env::real()).unwrap();
+        let device = Arc::new(FaultyDevice::new(inner, plan));
+        let filesystem = Filesystem::open(vec![device], &options()).unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let threads: Vec<_> = (0..6)
+            .map(|thread| {
+                let (filesystem, stop) = (Arc::clone(&filesystem), Arc::clone(&stop));
+                beside(move || churn(&filesystem, seed * 100 + thread, &stop))
+            })
+            .collect();
+        std::thread::sleep(Duration::from_millis(200 + random.next_u64() % 800));
+        match random.next_u64() % 4 {
+            0 => {}
+            1 => filesystem.vfs().latch("a test"),
+            _ => std::fs::write(&switch, "").unwrap(),
+        }
+        std::thread::sleep(Duration::from_millis(random.next_u64() % 200));
+        stop.store(true, Ordering::Relaxed);
+        for thread in threads {
+            thread.recv_timeout(PATIENCE).unwrap_or_else(|_| panic!("seed {seed}: an operation does not end"));
+        }
+        let closed = beside(move || filesystem.close());
+        let _ = closed.recv_timeout(PATIENCE).unwrap_or_else(|_| panic!("seed {seed}: the mount does not end"));
+    }
 }
