@@ -66,14 +66,26 @@ impl WorkerThreads {
     }
 
     /// Stops the workers after their present step, the last started first, and waits for each: those that it may be waiting for still run.
-    pub fn stop(self) {
-        for Running { worker, stopping, thread } in self.threads.into_iter().rev() {
+    pub fn stop(mut self) {
+        self.stop_all();
+    }
+
+    fn stop_all(&mut self) {
+        while let Some(Running { worker, stopping, thread }) = self.threads.pop() {
             stopping.store(true, Ordering::Release);
             worker.event().notify();
-            if thread.join().is_err() {
+            // Who unwinds may hold what a worker waits for.
+            if !std::thread::panicking() && thread.join().is_err() {
                 tracing::error!(worker = worker.name(), "the worker's thread panicked outside of a step");
             }
         }
+    }
+}
+
+/// A filesystem that is dropped without being closed must not go on writing.
+impl Drop for WorkerThreads {
+    fn drop(&mut self) {
+        self.stop_all();
     }
 }
 

@@ -252,9 +252,10 @@ impl Counters {
     /// Buckets that are free, queued and opened-but-uncounted ones included.
     #[must_use]
     pub fn free_buckets(&self, reserves: &Reserves) -> u64 {
-        let used = self.data_buckets.load(Ordering::SeqCst)
-            + self.metadata_buckets.load(Ordering::SeqCst)
-            + self.need_discard_buckets.load(Ordering::SeqCst);
+        // Totals come from a checkpoint's record: any numbers.
+        let used = self.data_buckets.load(Ordering::SeqCst);
+        let used = used.saturating_add(self.metadata_buckets.load(Ordering::SeqCst));
+        let used = used.saturating_add(self.need_discard_buckets.load(Ordering::SeqCst));
         reserves.usable_buckets.saturating_sub(unsigned(used))
     }
 

@@ -80,6 +80,18 @@ impl Kept {
     }
 }
 
+/// The checkpoint that runs, from [`Forest::try_begin`] on. One that unwinds has left nodes half done: none may follow, and who waits is told.
+struct Running<'f>(&'f Forest);
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.abandon("a checkpoint panicked");
+        }
+        self.0.checkpoint_running.store(false, Ordering::Release);
+    }
+}
+
 impl Forest {
     /// Deliberate faults. The first that are set stay.
     pub fn set_test_switches(&self, switches: TestSwitches) {
@@ -149,7 +161,10 @@ impl Forest {
     /// # Errors
     /// If there is no space for nodes; if a device fails ([`Error::Latched`] ever after).
     pub fn checkpoint(&self, log: &dyn CheckpointLog, reason: CheckpointReason) -> Result<CheckpointOutcome> {
-        self.env.wait(&self.checkpoint_event, || self.try_begin().then_some(()))?;
+        self.env.wait(&self.checkpoint_event, || match self.check_failure() {
+            Err(error) => Some(Err(error)),
+            Ok(()) => self.try_begin().then_some(Ok(())),
+        })??;
         self.run_checkpoint(log, reason)
     }
 
@@ -164,10 +179,11 @@ impl Forest {
     ) -> Result<CheckpointOutcome> {
         let started = self.env.monotonic();
         self.checkpoint_requested.store(false, Ordering::Relaxed);
+        let running = Running(self);
         let outcome = self.check_failure().and_then(|()| self.make_checkpoint(log, reason));
         let duration = self.env.monotonic().saturating_sub(started);
         self.checkpoint_lacked_space.store(matches!(outcome, Err(Error::NoSpace(_))), Ordering::Relaxed);
-        self.checkpoint_running.store(false, Ordering::Release);
+        drop(running);
         self.checkpoints_done.fetch_add(1, Ordering::Relaxed);
         self.shrink_cache(usize::MAX);
         self.checkpoint_event.notify();
@@ -197,6 +213,8 @@ impl Forest {
         if let Err(error) = &published {
             tracing::error!("a checkpoint failed, nothing more will be written: {error}");
             self.fail(&format!("a checkpoint failed: {error}"));
+            // Reading goes on.
+            self.unwritten.lock().append(&mut attempt.pinned);
         }
         let older = published?;
         let outcome = attempt.outcome;

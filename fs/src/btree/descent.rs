@@ -12,7 +12,7 @@ use crate::format::node::NodePointer;
 use crate::format::{BtreeId, Position, Value};
 use crate::sync::Arc;
 use crate::sync::atomic::Ordering;
-use crate::units::JournalSequence;
+use crate::units::{JournalSequence, NodeId};
 
 /// Overtaken this often in one descent is damage or a bug, not contention.
 const RETRIES_MAX: u32 = 10_000;
@@ -35,6 +35,16 @@ pub enum Around {
         /// Why.
         error: Error,
     },
+}
+
+/// A node is being read: others wait for that.
+struct Loading<'f>(&'f Forest, NodeId);
+
+impl Drop for Loading<'_> {
+    fn drop(&mut self) {
+        self.0.loading.lock().remove(&self.1);
+        self.0.loaded.notify();
+    }
 }
 
 impl Forest {
@@ -113,9 +123,9 @@ impl Forest {
             self.env.wait(&self.loaded, || (!self.loading.lock().contains(&id)).then_some(()))?;
             return Ok(None);
         }
+        let loading = Loading(self, pointer.node);
         let outcome = self.load_alone(parent, minimum, pointer);
-        self.loading.lock().remove(&pointer.node);
-        self.loaded.notify();
+        drop(loading);
         if outcome.is_ok() {
             self.shrink_cache(256);
         }
@@ -143,12 +153,15 @@ impl Forest {
         {
             return Ok(None);
         }
-        let bytes = node.content.read().memory_bytes();
+        // Locked until it is listed, if it is dirty: a commit that found it in between would take it for listed, and a checkpoint miss its change.
+        let mut inside = node.content.write();
+        let bytes = inside.memory_bytes();
         let present = self.cache.insert(Arc::clone(&node), bytes);
         if Arc::ptr_eq(&present, &node) {
-            self.note_tiny(&node, &mut node.content.write());
-            self.list_if_dirty(&node);
+            self.note_tiny(&node, &mut inside);
+            self.list_if_dirty(&node, &mut inside);
         }
+        drop(inside);
         Ok(Some(present))
     }
 
@@ -162,7 +175,10 @@ impl Forest {
         content.recount();
         if repair {
             content.rewrite = true;
-            let _ = content.touch(JournalSequence(0));
+            // What will never be written must not stay in memory for it.
+            if self.writes() {
+                let _ = content.touch(JournalSequence(0));
+            }
         }
         let node = Node::new(pointer.node, expected.btree, content);
         // A scan passes once: only a second use makes it worth keeping.

@@ -207,6 +207,8 @@ pub struct Forest {
     checkpoint_event: Event,
     /// The first failure after which nothing may be published any more.
     failure: Mutex<Option<String>>,
+    /// Nodes whose images were to be written when that happened: memory alone has them, for ever.
+    unwritten: Mutex<Vec<Arc<Node>>>,
     switches: OnceLock<TestSwitches>,
 }
 
@@ -269,6 +271,7 @@ impl Forest {
             checkpoints_done: AtomicU64::new(0),
             checkpoint_event: Event::new(),
             failure: Mutex::new(None),
+            unwritten: Mutex::default(),
             switches: OnceLock::new(),
         };
         for btree in BtreeId::ALL {
@@ -294,7 +297,7 @@ impl Forest {
         let pointer = NodePointer::decode(&root.pointer)?;
         let expected = Expected { btree, level: root.level, minimum: Position::MIN, limit: None };
         let node = self.read_node(&pointer, &expected)?;
-        self.list_if_dirty(&node);
+        self.list_if_dirty(&node, &mut node.content.write());
         let bytes = node.content.read().memory_bytes();
         Ok(self.cache.insert(node, bytes))
     }
@@ -311,11 +314,10 @@ impl Forest {
         }
     }
 
-    /// Lists a node that was dirty when it was read: a copy of it is bad.
-    fn list_if_dirty(&self, node: &Arc<Node>) {
-        let mut content = node.content.write();
+    /// Lists a node that was dirty when it was read: a copy of it is bad. Its content is locked by the caller.
+    fn list_if_dirty(&self, node: &Arc<Node>, content: &mut Content) {
         if content.dirty {
-            self.charge_slot(&mut content);
+            self.charge_slot(content);
             self.list_dirty(node);
         }
     }
@@ -372,5 +374,16 @@ impl Forest {
     /// Notes a failure after which no checkpoint may be published.
     fn fail(&self, reason: &str) {
         self.failure.lock().get_or_insert_with(|| reason.to_owned());
+    }
+
+    /// Whether there will be checkpoints.
+    fn writes(&self) -> bool {
+        !self.reader.devices.iter().any(|device| device.is_read_only()) && self.failure.lock().is_none()
+    }
+
+    /// No checkpoint will be published any more: the journal that they count on has failed. Whoever waits for one is told. Takes leaf locks only.
+    pub fn abandon(&self, reason: &str) {
+        self.fail(reason);
+        self.checkpoint_event.notify();
     }
 }

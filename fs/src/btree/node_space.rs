@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use smallvec::SmallVec;
 
+use crate::alloc::capacity::{in_ranges, reserved_ranges};
 use crate::error::{Error, Result};
 use crate::format::checkpoint::{MAP_PAGE_ENTRIES, MapEntry};
 use crate::format::node::{NodeAddress, NodePointer};
@@ -64,6 +65,8 @@ pub(super) struct NodeSpace {
     node_bytes: u64,
     /// Buckets of each device.
     bucket_counts: Vec<u64>,
+    /// Fixed areas of each device: whatever maps and keys say, no slot there is handed out.
+    fixed: Vec<Vec<(u64, u64)>>,
     buckets: BTreeMap<BucketKey, BucketSlots>,
     /// Those with a free slot.
     with_free: BTreeSet<BucketKey>,
@@ -77,6 +80,7 @@ impl NodeSpace {
             bucket_bytes: u64::from(superblock.geometry.bucket_bytes),
             node_bytes: u64::from(superblock.geometry.node_bytes),
             bucket_counts: superblock.members.iter().map(|member| member.bucket_count).collect(),
+            fixed: (0..).take(superblock.members.len()).map(|device| reserved_ranges(superblock, device)).collect(),
             buckets: BTreeMap::new(),
             with_free: BTreeSet::new(),
             page_fill: Vec::new(),
@@ -97,9 +101,14 @@ impl NodeSpace {
         (key, 1 << (address.offset % self.bucket_bytes / self.node_bytes))
     }
 
+    fn is_fixed(&self, key: BucketKey) -> bool {
+        let ranges = self.fixed.get(usize::from(key.0));
+        ranges.is_none_or(|ranges| in_ranges(ranges, (DeviceIndex(key.0), BucketIndex(key.1))))
+    }
+
     fn refresh(&mut self, key: BucketKey) {
         let mask = self.mask();
-        if self.buckets.get(&key).is_some_and(|slots| slots.taken() & mask != mask) {
+        if self.buckets.get(&key).is_some_and(|slots| slots.taken() & mask != mask) && !self.is_fixed(key) {
             self.with_free.insert(key);
         } else {
             self.with_free.remove(&key);
@@ -349,7 +358,7 @@ impl NodeSpace {
     /// Buckets that no kept checkpoint uses, the uppermost first, of which giving back `count` leaves at least `keep_slots` slots.
     pub fn surplus(&self, keep_slots: usize, count: usize) -> Vec<(DeviceIndex, BucketIndex)> {
         let spare = self.free_slots().saturating_sub(keep_slots) / self.bucket_slots().max(1);
-        let empty = self.buckets.iter().rev().filter(|(_, slots)| slots.taken() == 0);
+        let empty = self.buckets.iter().rev().filter(|(key, slots)| slots.taken() == 0 && !self.is_fixed(**key));
         empty.map(|(&(device, bucket), _)| (DeviceIndex(device), BucketIndex(bucket))).take(spare.min(count)).collect()
     }
 

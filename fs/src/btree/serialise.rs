@@ -56,7 +56,7 @@ pub(super) struct Attempt<'a> {
     writes: Vec<ImageWrite>,
     write_bytes: usize,
     /// Nodes whose images are not written yet: they must not be evicted.
-    pinned: Vec<Arc<Node>>,
+    pub pinned: Vec<Arc<Node>>,
     /// Empty but in a build that is broken on purpose ([`crate::alloc::TestSwitches::parents_first`]).
     linked_late: Vec<(Arc<Node>, NodePointer)>,
     pub outcome: CheckpointOutcome,
@@ -400,6 +400,7 @@ impl Forest {
     /// The image that was made of `frozen` is the node's newest one. Folds layers if there are many.
     fn install_image(&self, node: &Arc<Node>, frozen: &Frozen, pointer: &NodePointer, run: Option<Run>) {
         let layers = frozen.older.len() + 1;
+        let is_whole = run.is_some();
         let run = run.or_else(|| {
             (layers >= FROZEN_LAYERS_MAX).then(|| {
                 let mut all = frozen.older.clone();
@@ -409,7 +410,8 @@ impl Forest {
         });
         let mut content = node.content.write();
         content.image = Some(pointer.clone());
-        content.rewrite = false;
+        // Of an appended image what was asked for meanwhile still holds.
+        content.rewrite &= !is_whole;
         if let Some(run) = run {
             // A split meanwhile has folded the layers itself.
             let same = Arc::ptr_eq(&content.base, &frozen.base)

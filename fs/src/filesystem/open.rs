@@ -425,6 +425,12 @@ impl Filesystem {
         let with_triggers = options.switches.triggers_in_replay;
         let replayed = if with_triggers { replay_index(&forest, &log)? } else { replay(&forest, &log)? };
         let journal = Journal::open(config, start, Arc::clone(&env), Arc::clone(&metrics))?;
+        let abandoned = Arc::downgrade(&forest);
+        journal.on_latch(Arc::new(move |reason| {
+            if let Some(forest) = abandoned.upgrade() {
+                forest.abandon(reason);
+            }
+        }));
         forest.set_test_switches(options.switches);
         if !options.read_only {
             // The cut: nothing is overwritten before this record of the new epoch is durable.
@@ -619,7 +625,11 @@ impl Filesystem {
         *self.workers.lock() = Some(WorkerThreads::start(&self.env, workers, &on_failure)?);
         // fsck looks first what may be written over.
         if self.replayed.keys > 0 && options.workers == WorkerSet::All {
-            self.forest.checkpoint(&*log, CheckpointReason::Requested)?;
+            match self.forest.checkpoint(&*log, CheckpointReason::Requested) {
+                // The worker tries again when something was deleted; until then the next mount replays again.
+                Err(Error::NoSpace(reason)) => tracing::warn!("no checkpoint can be made now: {reason}"),
+                outcome => drop(outcome?),
+            }
         }
         if options.workers == WorkerSet::All {
             // Before anybody can use the inodes that they work on.

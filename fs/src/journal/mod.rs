@@ -167,6 +167,8 @@ pub struct Boundary {
 
 /// Called, without waiting for anything, when a checkpoint should make room in the ring.
 pub type PressureHook = Box<dyn Fn() + Send + Sync>;
+/// Called with the reason when the journal latches, once or more: wakes those who wait for what can no longer happen.
+pub type LatchHook = std::sync::Arc<dyn Fn(&str) + Send + Sync>;
 
 /// What all parts of the journal share; see the files for who uses what.
 struct Inner {
@@ -191,6 +193,7 @@ struct Inner {
     reusable_event: Event,
     worker_event: Event,
     pressure: OnceLock<PressureHook>,
+    latch_hooks: Mutex<Vec<LatchHook>>,
     switches: TestSwitches,
 }
 
@@ -291,6 +294,7 @@ impl Journal {
             reusable_event: Event::new(),
             worker_event: Event::new(),
             pressure: OnceLock::new(),
+            latch_hooks: Mutex::default(),
             switches: config.switches,
         };
         Ok(std::sync::Arc::new(Self { inner: Arc::new(inner) }))
@@ -428,6 +432,15 @@ impl Journal {
     /// the *older* kept one's F, so it may take two. It is called with the caller's leaf locks held: it may set a flag and notify an event, no more. The first hook that is set stays.
     pub fn set_pressure_hook(&self, hook: PressureHook) {
         let _ = self.inner.pressure.set(hook);
+    }
+
+    /// Adds a hook that is called when the journal latches, after everybody can see it ([`Self::latched`]); at once if it has. The caller of
+    /// [`Self::latch`] may hold leaf locks: it may set a flag and notify an event, no more.
+    pub fn on_latch(&self, hook: LatchHook) {
+        self.inner.latch_hooks.lock().push(std::sync::Arc::clone(&hook));
+        if let Some(reason) = self.latched() {
+            hook(&reason);
+        }
     }
 
     /// Live totals: everything that was appended.

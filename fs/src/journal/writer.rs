@@ -50,10 +50,14 @@ impl Inner {
                 return;
             }
             tracing::error!(%reason, "the journal is latched: nothing more is written or acknowledged");
-            state.latched = Some(reason);
+            state.latched = Some(reason.clone());
         }
         for event in [&self.turn, &self.appended, &self.space, &self.reusable_event, &self.worker_event] {
             event.notify();
+        }
+        let hooks = self.latch_hooks.lock().clone();
+        for hook in hooks {
+            hook(&reason);
         }
     }
 

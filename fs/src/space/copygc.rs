@@ -77,7 +77,7 @@ impl Space {
             let key = (DeviceIndex(device), BucketIndex(position.offset));
             let bucket = Bucket::decode(&value)?;
             if bucket.state == BucketState::Data
-                && bucket.charged_bytes + block_bytes <= self.reserves().bucket_bytes
+                && bucket.charged_bytes.saturating_add(block_bytes) <= self.reserves().bucket_bytes
                 && !self.allocator.is_open(key)
             {
                 self.allocator.fragmentation().lock().note(key, bucket.charged_bytes);

@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use crate::alloc::{FreeCandidate, TestSwitches};
 use crate::env::{Event, Progress, Worker};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::format::space::{BucketState, FreeBucket};
 use crate::format::{BtreeId, Position};
+use crate::sync::atomic::Ordering;
 use crate::sync::{Arc, Mutex};
 use crate::transaction::{BucketChange, CommitOptions};
 use crate::units::{BucketIndex, DeviceIndex, JournalSequence};
@@ -35,8 +36,11 @@ impl Space {
         let newest = self.journal.newest();
         let keys = self.transactions.read().range(BtreeId::NeedDiscard, Position::MIN, Position::MAX, usize::MAX)?;
         for (position, _) in keys {
-            if let Ok(device) = u8::try_from(position.inode) {
-                self.allocator.add_emptied((DeviceIndex(device), BucketIndex(position.offset)), newest);
+            let Ok(device) = u8::try_from(position.inode) else { continue };
+            let key = (DeviceIndex(device), BucketIndex(position.offset));
+            // A key that is damaged must not hand out the journal.
+            if !self.is_fixed(key) {
+                self.allocator.add_emptied(key, newest);
             }
         }
         Ok(())
@@ -100,7 +104,7 @@ impl Space {
         let keep = (self.reserves().usable_buckets / 16).max(KEEP_BUCKETS_MIN);
         let surplus = self.allocator.undiscarded().saturating_sub(keep);
         let limit = PUNCH_BATCH.min(usize::try_from(surplus).unwrap_or(PUNCH_BATCH));
-        if limit == 0 {
+        if limit == 0 || self.discards_fail.load(Ordering::Relaxed) {
             return Ok(0);
         }
         let _quiet = self.env.quiet();
@@ -114,12 +118,15 @@ impl Space {
         for key in &held {
             self.allocator.finish(*key, None, false);
         }
-        outcome?;
+        if !outcome? {
+            return Ok(0);
+        }
         self.allocator.add_undiscarded(-i64::try_from(held.len()).unwrap_or(0));
         Ok(held.len())
     }
 
-    fn punch(&self, held: &[(DeviceIndex, BucketIndex)]) -> Result<()> {
+    /// Gives these free buckets back to the host. Whether it took them.
+    fn punch(&self, held: &[(DeviceIndex, BucketIndex)]) -> Result<bool> {
         let bucket_bytes = self.reserves().bucket_bytes;
         let mut runs: Vec<(DeviceIndex, u64, u64)> = Vec::new();
         for &(device, bucket) in held {
@@ -129,8 +136,16 @@ impl Space {
             }
         }
         for (device, first, count) in runs {
-            if let Some(target) = self.devices.get(usize::from(device.0)) {
-                target.discard(first * bucket_bytes, count * bucket_bytes)?;
+            if let Some(target) = self.devices.get(usize::from(device.0))
+                && let Err(error) = target.discard(first * bucket_bytes, count * bucket_bytes)
+            {
+                // What is there now may be anything, as it was before: nothing is lost but the host's space.
+                if matches!(error, Error::Latched { .. }) {
+                    return Err(error);
+                }
+                tracing::warn!("free space is no longer given back to the host: {error}");
+                self.discards_fail.store(true, Ordering::Relaxed);
+                return Ok(false);
             }
             self.metrics.buckets_discarded.add(count);
         }
@@ -142,7 +157,7 @@ impl Space {
             }
             Ok(())
         })?;
-        Ok(())
+        Ok(true)
     }
 
     /// Holds free buckets that the host was not told of, from the cursor on.

@@ -72,6 +72,8 @@ pub struct Space {
     copygc_event: Event,
     /// Copygc has found nothing to move since the last change.
     copygc_exhausted: AtomicBool,
+    /// The host has refused to take free buckets back: it is not asked again.
+    discards_fail: AtomicBool,
     /// Where the search for buckets to punch goes on, on device 0, 1, ... in turn.
     punch_cursor: crate::sync::Mutex<BucketKey>,
     /// Where the search for never-used node buckets goes on, for each half of the device.
@@ -145,9 +147,13 @@ impl Space {
             waiters: AtomicU32::new(0),
             copygc_event: Event::new(),
             copygc_exhausted: AtomicBool::new(false),
+            discards_fail: AtomicBool::new(false),
             punch_cursor: crate::sync::Mutex::new((DeviceIndex(0), BucketIndex(0))),
             node_cursors: [AtomicU64::new(0), AtomicU64::new(0)],
         });
+        // Who waits for a bucket looks whether the journal still works, and must be woken to do so.
+        let waited_on = Arc::clone(&space.allocator);
+        space.journal.on_latch(std::sync::Arc::new(move |_| waited_on.changed().notify()));
         space.refresh_node_bytes();
         space.load_emptied()?;
         Ok(space)

@@ -250,3 +250,16 @@ fn write_amplification_of_random_updates_is_bounded() {
     assert!(per_commit < 400, "{per_commit} bytes per commit");
     world.assert_map_is_reachability();
 }
+
+/// Whatever a map or a record says, no node goes into the journal, and the journal is given back to nobody.
+#[test]
+fn no_slot_of_a_fixed_area_is_handed_out() {
+    let mut space = NodeSpace::new(&superblock(SIZE_BYTES, 1));
+    for bucket in [0, 1, 3, 11] {
+        space.add_bucket(crate::units::DeviceIndex(0), crate::units::BucketIndex(bucket));
+    }
+    assert_eq!((space.free_slots(), space.allocate(1)), (0, None));
+    assert_eq!(space.surplus(0, 8), []);
+    space.add_bucket(crate::units::DeviceIndex(0), crate::units::BucketIndex(20));
+    assert_eq!(space.allocate(1).unwrap()[0].offset / (256 << 10), 20);
+}

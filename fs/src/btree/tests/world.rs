@@ -96,7 +96,8 @@ impl NodeBuckets for TestBuckets {
         let half = self.bucket_count / 2;
         let mut claimed = Vec::new();
         for index in 0..half - 16 {
-            for bucket in [16 + index, half + index] {
+            // A copy of the superblock lies in the middle.
+            for bucket in [16 + index, half + 1 + index] {
                 if claimed.len() < count && self.is_free(bucket) {
                     self.change(bucket, BucketState::Metadata);
                     claimed.push((DeviceIndex(0), BucketIndex(bucket)));
