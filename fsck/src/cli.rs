@@ -445,7 +445,7 @@ fn print_report(arguments: &Arguments, target: &str, mode: Mode, outcome: &Outco
         EXIT_CLEAN => say!("{target}: clean, {summary}"),
         EXIT_REPAIRED => say!("{target}: {} problems repaired, now clean, {summary}", outcome.repaired),
         _ if rebuild => say!(
-            "{target}: {count} problems, some of which take a scan of the whole device: copy what is readable from a mount with -o ro, then run fsck-coppice --rebuild {target}"
+            "{target}: {count} problems, some of which take a scan of the whole device: `coppice restore {target} DIR` copies out what can be read, then run fsck-coppice --rebuild {target}"
         ),
         _ if mode == Mode::NoChanges => {
             say!("{target}: {count} problems, nothing was changed: fsck-coppice -y {target} repairs them, {summary}");

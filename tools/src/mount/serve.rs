@@ -1,5 +1,6 @@
 //! Open, mount, serve, close.
 
+use std::path::Path;
 use std::sync::{Arc, mpsc};
 
 use anyhow::{Context, anyhow};
@@ -36,7 +37,7 @@ pub(super) fn serve<M: Mountable>(
         allow_other: options.allow_other.unwrap_or_else(|| rustix::process::geteuid().is_root()),
     };
     let settings = SessionSettings { cache: options.cache, threads: options.threads.unwrap_or_else(default_threads) };
-    let filesystem = open(&target, &options)?;
+    let filesystem = open(&target, &options).map_err(|error| with_way_out(error, &target.image))?;
     if command.daemon {
         // Holds no directory busy; the paths are absolute.
         std::env::set_current_dir("/").context("cannot change to /")?;
@@ -48,6 +49,17 @@ pub(super) fn serve<M: Mountable>(
         Err(error) => tracing::error!(image = %target.image.display(), "{error:#}"),
     }
     served.and(closed)
+}
+
+/// Damage that keeps an image from being mounted names the tools that help, where it does not do so itself.
+fn with_way_out(error: coppicefs::Error, image: &Path) -> anyhow::Error {
+    if !error.is_media_error() || error.to_string().contains("fsck") {
+        return error.into();
+    }
+    let image = image.display();
+    anyhow!(
+        "{error}: `coppice restore {image} DIR` copies out what can be read, `fsck.coppice -n {image}` says what can be repaired"
+    )
 }
 
 fn mount_and_serve<M: Mountable>(
