@@ -345,6 +345,12 @@ impl Cache {
         })
     }
 
+    /// Memory for `bytes` that a holder of block needs: it must not wait for fills that wait for add, nor for its own file's writeback. A block or two, beyond
+    /// the budget where nothing can be evicted.
+    pub(super) fn reserve_memory_under_block(&self, bytes: u64) -> MemoryReservation {
+        self.try_reserve_memory(bytes).unwrap_or_else(|| self.budget.overdraw(bytes))
+    }
+
     /// Fresh memory for at least `bytes` (at most 1 MiB) that belongs to no file: a direct read's, counted in the budget until its last reference is gone.
     /// Waits for memory, so no lock is held.
     ///

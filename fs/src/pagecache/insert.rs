@@ -132,7 +132,10 @@ pub(super) fn fill(
         None => {
             // Memory is short: no guesses, and no widening, since even one window may not fit.
             pieces = missing_pieces(space, std::slice::from_ref(&request.wanted));
-            cache.reserve_memory(bytes_of(space, &pieces))?
+            match blocking {
+                Some(_) => cache.reserve_memory_under_block(bytes_of(space, &pieces)),
+                None => cache.reserve_memory(bytes_of(space, &pieces))?,
+            }
         }
     };
     let mut writers = Vec::with_capacity(pieces.len());
@@ -236,7 +239,10 @@ pub(super) fn refill(
         return Ok(None);
     }
     let pieces: Vec<_> = aligned_pieces(cut.clone(), space.cache().folio_blocks_max()).collect();
-    let mut memory = space.cache().reserve_memory(bytes_of(space, &pieces))?;
+    let mut memory = match blocking {
+        Some(_) => space.cache().reserve_memory_under_block(bytes_of(space, &pieces)),
+        None => space.cache().reserve_memory(bytes_of(space, &pieces))?,
+    };
     let mut writers = Vec::with_capacity(pieces.len());
     for &(_, blocks) in &pieces {
         writers.push(FolioBytes::allocate(&mut memory, (blocks as usize) << space.block_shift())?);

@@ -203,7 +203,11 @@ fn write_step(
                 pins.extend(make_uptodate(context, blocking, edge, &mut retry)?.map(|pin| (edge, pin)));
             }
         }
-        let mut memory = cache.reserve_memory((blocks.end - blocks.start) << space.block_shift())?;
+        let bytes = (blocks.end - blocks.start) << space.block_shift();
+        let mut memory = match blocking {
+            Some(_) => cache.reserve_memory_under_block(bytes),
+            None => cache.reserve_memory(bytes)?,
+        };
         let pass = write_pass(
             context,
             blocking.is_some(),

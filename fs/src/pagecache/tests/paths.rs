@@ -196,6 +196,26 @@ fn a_latched_cache_throws_writers_out() {
     assert!(matches!(file.write(1 << 20, &[1; 4096]), Err(Error::Latched { .. })));
 }
 
+/// A punch reads and changes its edge under block. All memory is taken by others, who wait for add perhaps, and what is dirty is of the same file: to wait
+/// for memory would be for ever.
+#[test]
+fn who_holds_block_does_not_wait_for_memory() {
+    let bench = Bench::new(1, CacheOptions::new(1 << 20));
+    let file = bench.file_with(1, 1 << 20);
+    file.write(0, &[7; 4096]).unwrap();
+    // Nobody writes back: the holder of block has the file's turn.
+    bench.env.unregister_all();
+    let mut others = Vec::new();
+    while bench.cache.used_bytes() + BLOCK <= 1 << 20 {
+        others.push(bench.cache.fresh_pages(4096).unwrap());
+    }
+    file.punch(100 * BLOCK + 10, 20).unwrap();
+    drop(others);
+    let mut expected = pattern(1, 100);
+    expected[10..30].fill(0);
+    same(&file.read(100 * BLOCK, BLOCK).unwrap(), &expected, "the edge");
+}
+
 /// At the dirty limit: what failed is tried again before a writer of another file hears of it; then it does, for else it would wait for ever.
 #[test]
 fn a_writer_does_not_wait_for_what_fails_again() {
