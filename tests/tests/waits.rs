@@ -273,7 +273,7 @@ fn the_journal_is_not_handed_out_for_file_data() {
     let device = formatted(Arc::new(MemDevice::new(DEVICE_BYTES)));
     let essential = OpenOptions { workers: WorkerSet::Essential, ..options() };
     let filesystem = Filesystem::open(vec![Arc::clone(&device)], &essential).unwrap();
-    let ring = filesystem.superblock().layout.journal.first().unwrap().clone();
+    let ring = *filesystem.superblock().layout.journal.first().unwrap();
     let emptied = Bucket { state: BucketState::NeedDiscard, generation: 1, charged_bytes: 0 };
     let raw = CommitOptions { raw: true, ..CommitOptions::default() };
     let damage = filesystem.transactions().run(raw, |transaction| {
