@@ -79,6 +79,9 @@ impl Model {
         let mut next = self.namespace().clone();
         let changed = next.apply(operation)?;
         self.check_shift(operation)?;
+        if self.changes_times_alone(operation)? {
+            return Ok(());
+        }
         let mut push = |inode: InodeId, event| {
             self.files.entry(inode).or_insert_with(|| FileHistory::new(self.block_bytes)).push(number, event);
         };
@@ -127,6 +130,16 @@ impl Model {
         Ok(())
     }
 
+    /// A punch behind the end of a file: times are not part of the model, so an fsync promises nothing of it, nor of what came before it.
+    fn changes_times_alone(&self, operation: &Operation) -> Result<bool, Errno> {
+        let Operation::Punch { path, offset, .. } = operation else { return Ok(false) };
+        Ok(*offset >= self.size(self.namespace().lookup(path)?))
+    }
+
+    fn size(&self, inode: InodeId) -> u64 {
+        self.files.get(&inode).map_or(0, |history| history.latest().len() as u64)
+    }
+
     /// Collapse and insert are for whole blocks inside the file.
     fn check_shift(&self, operation: &Operation) -> Result<(), Errno> {
         let (path, end, length) = match operation {
@@ -135,7 +148,7 @@ impl Model {
             _ => return Ok(()),
         };
         let inode = self.namespace().lookup(path)?;
-        let size = self.files.get(&inode).map_or(0, |history| history.latest().len() as u64);
+        let size = self.size(inode);
         let is_whole = end.is_multiple_of(self.block_bytes) && length.is_multiple_of(self.block_bytes);
         if is_whole && end < size { Ok(()) } else { Err(Errno::INVAL) }
     }

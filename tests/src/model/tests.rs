@@ -282,3 +282,16 @@ fn operations_fail_as_posix_says_and_change_nothing() {
     assert_eq!(model.tree(), before);
     model.check_live(&before).unwrap();
 }
+
+#[test]
+fn a_punch_behind_the_end_makes_an_fsync_promise_nothing() {
+    let punch = |offset| Operation::Punch { path: "/f".into(), offset, length: 100 };
+    let begun = [create("/f"), write("/f", 0, 4096, 1), fsync("/f"), create("/other")];
+    let without = tree(&begun[..3]);
+    let behind = run(&[&begun[..], &[punch(4096), fsync("/f")]].concat());
+    allowed(&behind, &without);
+    allowed(&behind, &tree(&begun));
+    // Before the end it changes the file: it is there, and with it all that came before.
+    let inside = run(&[&begun[..], &[punch(4000), fsync("/f")]].concat());
+    refused(&inside, &without, "/other is missing");
+}
