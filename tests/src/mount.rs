@@ -173,7 +173,8 @@ impl Site {
     /// `coppice` with these words.
     pub fn coppice(&self, words: &[&str]) -> Command {
         let mut command = command(program());
-        command.current_dir(&self.folder).args(words);
+        // Not in the host's: a daemon keeps it from whoever mounts.
+        command.current_dir(&self.folder).env("COPPICE_STATE_DIRECTORY", self.path("state")).args(words);
         command
     }
 

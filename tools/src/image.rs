@@ -7,6 +7,7 @@ use coppicefs::options::MountOptions;
 use coppicefs::vfs::Vfs;
 
 use crate::mount::{Mountable, Target};
+use crate::place;
 
 /// The open filesystem of an image.
 pub struct Image(Arc<Filesystem>);
@@ -34,5 +35,5 @@ impl Mountable for Image {
 /// # Errors
 /// One line that says what is wrong with it and how to go on.
 pub fn open(target: &Target, options: &MountOptions) -> coppicefs::Result<Image> {
-    Ok(Image(Filesystem::open_path(&target.image, &OpenOptions::from(options))?))
+    Ok(Image(Filesystem::open_path(&target.image, &place::kept(OpenOptions::from(options)))?))
 }

@@ -12,6 +12,7 @@ pub mod commands;
 pub mod image;
 pub mod mount;
 pub mod output;
+pub mod place;
 pub mod probe;
 pub mod trial;
 

@@ -60,6 +60,25 @@ pub struct NodeCursor {
 impl NodeCursor {
     /// The first node.
     pub const START: Self = Self { tree: 0, level: 0, position: Position::MIN };
+
+    /// Name of the tree, level and position: what [`Self::from_parts`] takes.
+    #[must_use]
+    pub fn parts(self) -> (String, u8, Position) {
+        // Behind the last tree there is none.
+        let name = BtreeId::ALL.get(self.tree).map_or("", |btree| btree.name());
+        (name.to_owned(), self.level, self.position)
+    }
+
+    /// The cursor at a position of a level of a tree; `None` if there can be no such.
+    #[must_use]
+    pub fn from_parts(tree: &str, level: u8, position: Position) -> Option<Self> {
+        let tree = if tree.is_empty() {
+            BtreeId::ALL.len()
+        } else {
+            BtreeId::ALL.iter().position(|btree| btree.name() == tree)?
+        };
+        (level < super::image::LEVEL_MAX).then_some(Self { tree, level, position })
+    }
 }
 
 /// A node or a piece of the checkpoint area with something wrong.

@@ -204,6 +204,7 @@ impl Filesystem {
             self.give_nodes_back()
                 .and_then(|()| self.journal.close())
                 .and_then(|()| self.take_checkpoint(CheckpointReason::Close))
+                .inspect(|()| self.scrub.settle())
         };
         closed.and(finished)
     }

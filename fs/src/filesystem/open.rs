@@ -23,7 +23,7 @@ use crate::recovery::{
     InspectedCheckpoints, Salvage, SalvageOptions, choose_log, choose_older, inspect_checkpoints, present_reuse_check,
     replay, replay_index, replay_with_triggers, superblock,
 };
-use crate::scrub::{Scrub, ScrubConfig, ScrubRequests};
+use crate::scrub::{Scrub, ScrubConfig, ScrubKeeper, ScrubRequests};
 use crate::snapshot::{Snapshots, stored_root, stored_subvolume};
 use crate::space::Space;
 use crate::sync::Mutex;
@@ -83,6 +83,8 @@ pub struct OpenOptions {
     pub known_in_use: KnownInUse,
     /// Open although keys mean nothing that a mount must understand: for fsck, which repairs them.
     pub for_repair: bool,
+    /// Keeps the place of a scrub beyond the unmount. Not asked for the state of a `checkpoint`.
+    pub scrub_keeper: Option<Arc<dyn ScrubKeeper>>,
 }
 
 /// What a check of the filesystem found to be in use although the trees say otherwise. To be known before anything is written: a checkpoint could
@@ -114,6 +116,7 @@ impl Default for OpenOptions {
             directory_synchronous: false,
             known_in_use: KnownInUse::default(),
             for_repair: false,
+            scrub_keeper: None,
         }
     }
 }
@@ -554,6 +557,7 @@ impl Filesystem {
             vfs: Arc::clone(&vfs),
             env: Arc::clone(&env),
             read_only: options.read_only,
+            keeper: options.scrub_keeper.clone().filter(|_| options.checkpoint.is_none()),
             on_failure: latch_on_failure(&vfs),
         });
         vfs.set_scrub(Arc::new(ScrubRequests(Arc::downgrade(&scrub))));

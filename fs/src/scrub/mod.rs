@@ -9,10 +9,13 @@
 //! settling      a checkpoint, if nodes are to be written anew
 //! ```
 //! One [`Worker`], whose thread is started with the first scrub: who never scrubs has none. It is driven and looked at through [`ScrubControl`]. A cancelled scrub
-//! keeps its place in memory and goes on from there; unmounting forgets it. On a read-only filesystem everything is read and nothing repaired.
+//! goes on where it stopped. Where a [`ScrubKeeper`] is given, it is told the place when a scrub begins, ends or is cancelled, every [`KEEP_INTERVAL`]
+//! beside it, and at the unmount; what it had kept is read once, by who opens the filesystem. On a read-only filesystem everything is read and nothing repaired.
 //!
-//! Locks: one short mutex over the state, held over nothing; what a step reads and waits for is the forest's and the data layer's.
+//! Locks: one short mutex over the state, held over nothing; what a step reads and waits for is the forest's and the data layer's. The keeper is called by
+//! the scrub's own thread and by who opens and closes, never by who answers a request: its file may lie on the very filesystem that is served.
 
+mod place;
 mod step;
 
 use std::time::Duration;
@@ -31,12 +34,16 @@ use crate::transaction::Transactions;
 use crate::vfs::{ScrubAsk, ScrubControl, ScrubPage, ScrubReport, ScrubRequest, ScrubState, ScrubStatus, Vfs};
 use crate::workers::{OnFailure, WorkerThreads};
 
+pub use self::place::{ScrubKeeper, ScrubPlace};
+
 /// Findings that are kept; further ones are counted.
 const FINDINGS_MAX: usize = 10_000;
 /// Findings in one answer, before their length counts.
 const PAGE_FINDINGS_MAX: usize = 64;
 /// Longest rest for the sake of the rate, so that a cancellation is soon heard.
 const REST_MAX: Duration = Duration::from_millis(200);
+/// How old the kept place of a running scrub is at most, but for the length of a step.
+const KEEP_INTERVAL: Duration = Duration::from_secs(5);
 
 /// What a scrub needs.
 pub struct ScrubConfig {
@@ -60,6 +67,8 @@ pub struct ScrubConfig {
     pub env: Arc<Env>,
     /// Nothing may be written.
     pub read_only: bool,
+    /// Keeps the place of a scrub beyond the unmount.
+    pub keeper: Option<Arc<dyn ScrubKeeper>>,
     /// What is called if the worker fails.
     pub on_failure: OnFailure,
 }
@@ -98,6 +107,12 @@ struct State {
     phase: Phase,
     /// Something was found that a checkpoint repairs.
     needs_checkpoint: bool,
+    /// So many checkpoints had been made when it was found last.
+    checkpoints_before: u64,
+    /// Changed since it was kept, in more than how far it is.
+    is_to_be_kept: bool,
+    /// When it was kept last.
+    kept: Duration,
     rate_bytes: u64,
     /// When this run began, and what was read before it.
     began: Duration,
@@ -141,7 +156,8 @@ impl Scrub {
     /// A scrub that has not begun.
     #[must_use]
     pub fn new(config: ScrubConfig) -> Arc<Self> {
-        Arc::new(Self { config, state: Mutex::new(State::new()), event: Event::new(), thread: Mutex::new(None) })
+        let state = Mutex::new(recalled(&config));
+        Arc::new(Self { config, state, event: Event::new(), thread: Mutex::new(None) })
     }
 
     /// What drives a scrub.
@@ -156,14 +172,52 @@ impl Scrub {
         if let Some(thread) = thread {
             thread.stop();
         }
+        self.keep_if_due();
+    }
+
+    /// The last checkpoint was made: what was repaired is on the device. To be called after [`Self::stop`].
+    pub fn settle(&self) {
+        {
+            let mut state = self.state.lock();
+            state.is_to_be_kept |= state.needs_checkpoint;
+            state.needs_checkpoint = false;
+        }
+        self.keep_if_due();
     }
 
     fn cancel(&self) {
         let now = self.config.env.monotonic();
-        let mut state = self.state.lock();
-        if state.status.state == ScrubState::Running {
+        {
+            let mut state = self.state.lock();
+            if state.status.state != ScrubState::Running {
+                return;
+            }
             state.status.elapsed_ms = state.elapsed(now);
-            state.status.state = ScrubState::Cancelled;
+            state.stopped(ScrubState::Cancelled, &self.config.env);
+        }
+        self.event.notify();
+    }
+
+    /// Tells the keeper, if there is one, where the scrub stands, if it was not told for long or of something that counts.
+    fn keep_if_due(&self) {
+        let Some(keeper) = &self.config.keeper else { return };
+        let now = self.config.env.monotonic();
+        let checkpoints = self.config.forest.checkpoints_done();
+        let place = {
+            let mut state = self.state.lock();
+            let is_running = state.status.state == ScrubState::Running;
+            let is_old = is_running && now.saturating_sub(state.kept) >= KEEP_INTERVAL;
+            if !state.is_to_be_kept && !is_old {
+                return;
+            }
+            // One that was running when it was found may have taken its nodes before.
+            let is_unsettled = state.needs_checkpoint && checkpoints <= state.checkpoints_before.saturating_add(1);
+            state.is_to_be_kept = false;
+            state.kept = now;
+            ScrubPlace { is_unsettled, ..ScrubPlace::of(&state, state.shown(now), self.config.read_only) }
+        };
+        if let Err(error) = keeper.keep(self.config.superblock.filesystem, &place) {
+            tracing::warn!("the place of the scrub cannot be kept: {error}");
         }
     }
 
@@ -175,12 +229,16 @@ impl Scrub {
             if state.status.state == ScrubState::Running {
                 return Err(rustix::io::Errno::BUSY.into());
             }
+            let notice = std::mem::take(&mut state.status.notice);
             if restart || state.status.state != ScrubState::Cancelled {
                 *state = State::new();
             } else {
                 state.status.resumed = true;
                 state.elapsed_before = state.status.elapsed_ms;
             }
+            state.status.notice = if restart { String::new() } else { notice };
+            state.status.ended_at = 0;
+            state.is_to_be_kept = true;
             state.rate_bytes = rate_bytes;
             state.began = now;
             state.bytes_before = state.status.bytes;
@@ -208,19 +266,21 @@ impl Scrub {
     fn page(&self, cursor: u64) -> ScrubPage {
         let now = self.config.env.monotonic();
         let state = self.state.lock();
-        let mut status = state.status.clone();
-        status.phase = state.phase.name().to_owned();
-        if status.state == ScrubState::Running {
-            status.elapsed_ms = state.elapsed(now);
-        }
+        let status = state.shown(now);
         let from = usize::try_from(cursor).unwrap_or(usize::MAX).min(state.findings.len());
         let findings: Vec<_> = state.findings.iter().skip(from).take(PAGE_FINDINGS_MAX).cloned().collect();
         let next = from as u64 + findings.len() as u64;
         ScrubPage { status, findings, next, finding_count: state.findings.len() as u64 }
     }
 
-    /// Does one step, and notes what it came to.
+    /// Does one step, notes what it came to, and has it kept.
     fn step(&self) -> Result<Progress> {
+        let progress = self.step_only();
+        self.keep_if_due();
+        progress
+    }
+
+    fn step_only(&self) -> Result<Progress> {
         let (phase, needs_checkpoint) = {
             let state = self.state.lock();
             if state.status.state != ScrubState::Running {
@@ -233,17 +293,22 @@ impl Scrub {
         };
         let outcome = self.run(phase, needs_checkpoint);
         let now = self.config.env.monotonic();
+        let checkpoints = self.config.forest.checkpoints_done();
         let mut state = self.state.lock();
         match outcome {
             Ok(step) => {
                 state.take(&step);
+                if step.needs_checkpoint {
+                    state.checkpoints_before = checkpoints;
+                }
                 if let Some(next) = step.next {
                     state.phase = next;
                 }
                 if state.phase == Phase::End {
                     state.status.elapsed_ms = state.elapsed(now);
                     state.status.bytes_total = state.status.bytes;
-                    state.status.state = ScrubState::Done;
+                    state.needs_checkpoint = false;
+                    state.stopped(ScrubState::Done, &self.config.env);
                     return Ok(Progress::Idle(None));
                 }
                 Ok(step.rest.map_or(Progress::Worked, |rest| Progress::Idle(Some(rest))))
@@ -254,7 +319,7 @@ impl Scrub {
                 tracing::error!("the scrub ended: {error}");
                 state.status.elapsed_ms = state.elapsed(now);
                 state.status.failure = error.to_string();
-                state.status.state = ScrubState::Failed;
+                state.stopped(ScrubState::Failed, &self.config.env);
                 Ok(Progress::Idle(None))
             }
         }
@@ -268,6 +333,9 @@ impl State {
             findings: Vec::new(),
             phase: Phase::Superblock,
             needs_checkpoint: false,
+            checkpoints_before: 0,
+            is_to_be_kept: false,
+            kept: Duration::ZERO,
             rate_bytes: 0,
             began: Duration::ZERO,
             bytes_before: 0,
@@ -278,6 +346,22 @@ impl State {
     fn elapsed(&self, now: Duration) -> u64 {
         let since = now.saturating_sub(self.began).as_millis();
         self.elapsed_before.saturating_add(u64::try_from(since).unwrap_or(u64::MAX))
+    }
+
+    /// The status as it is told.
+    fn shown(&self, now: Duration) -> ScrubStatus {
+        let mut status = self.status.clone();
+        status.phase = self.phase.name().to_owned();
+        if status.state == ScrubState::Running {
+            status.elapsed_ms = self.elapsed(now);
+        }
+        status
+    }
+
+    fn stopped(&mut self, state: ScrubState, env: &Env) {
+        self.status.state = state;
+        self.status.ended_at = env.now().seconds;
+        self.is_to_be_kept = true;
     }
 
     /// How long to rest, if more was read in this run than the rate allows.
@@ -314,6 +398,26 @@ impl State {
             }
         }
     }
+}
+
+/// The state that was kept, or one that has not begun.
+fn recalled(config: &ScrubConfig) -> State {
+    let mut state = State::new();
+    let Some(keeper) = &config.keeper else { return state };
+    let device_bytes = config.devices.iter().map(|device| device.size_bytes()).fold(0, u64::saturating_add);
+    let read = |place: ScrubPlace| Ok((place.read(device_bytes, config.read_only)?, place.status));
+    match keeper.recall(config.superblock.filesystem).and_then(|place| place.map(read).transpose()) {
+        Ok(None) => {}
+        Ok(Some((phase, mut status))) => {
+            // Whoever ran it was killed.
+            if status.state == ScrubState::Running {
+                status.state = ScrubState::Cancelled;
+            }
+            (state.phase, state.status) = (phase, ScrubStatus { resumed: false, ..status });
+        }
+        Err(why) => state.status.notice = format!("the kept place of a scrub is ignored: {why}"),
+    }
+    state
 }
 
 impl Step {

@@ -77,7 +77,7 @@ impl ScrubRequest {
 /// Where a scrub is in its life.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ScrubState {
-    /// There was none since the filesystem was opened.
+    /// There was none, as far as is known.
     #[default]
     Never,
     /// It is reading.
@@ -103,6 +103,12 @@ impl ScrubState {
     #[must_use]
     pub fn name(self) -> &'static str {
         Self::ALL.iter().find(|(state, _)| *state == self).map_or("", |(_, name)| name)
+    }
+
+    /// The state of that word.
+    #[must_use]
+    pub fn named(word: &str) -> Option<Self> {
+        Self::ALL.iter().find(|(_, name)| *name == word).map(|(state, _)| *state)
     }
 }
 
@@ -133,8 +139,12 @@ pub struct ScrubStatus {
     pub damaged: u64,
     /// How long it has been running, in milliseconds.
     pub elapsed_ms: u64,
+    /// When it ended or was cancelled, in seconds since 1970; 0 if it was not.
+    pub ended_at: i64,
     /// Why it failed.
     pub failure: String,
+    /// What who starts it is to be told: why it does not go on where the last one stopped.
+    pub notice: String,
 }
 
 /// Something that a scrub has found.
@@ -213,7 +223,8 @@ impl ScrubPage {
             let _ = writeln!(text, "{name} {number}");
         }
         let failure: String = field(&status.failure).chars().take(500).collect();
-        let _ = writeln!(text, "failure {failure}");
+        let notice: String = field(&status.notice).chars().take(500).collect();
+        let _ = writeln!(text, "failure {failure}\nnotice {notice}\nended_at {}", status.ended_at);
         let mut next = cursor;
         for finding in &self.findings {
             let ScrubReport { kind, is_repaired, inode, start, end, path, reason } = finding;
@@ -251,11 +262,12 @@ impl ScrubPage {
             let number = || value.parse::<u64>().map_err(|_| wrong());
             match name {
                 "state" => {
-                    let known = ScrubState::ALL.iter().find(|(_, name)| *name == value);
-                    status.state = known.map(|(state, _)| *state).ok_or_else(wrong)?;
+                    status.state = ScrubState::named(value).ok_or_else(wrong)?;
                 }
                 "phase" => status.phase = value.to_owned(),
                 "failure" => status.failure = value.to_owned(),
+                "notice" => status.notice = value.to_owned(),
+                "ended_at" => status.ended_at = value.parse().map_err(|_| wrong())?,
                 "bytes" => status.bytes = number()?,
                 "bytes_total" => status.bytes_total = number()?,
                 "nodes" => status.nodes = number()?,

@@ -15,7 +15,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use signal_hook::consts::{SIGINT, SIGTERM};
 
-use crate::output;
+use crate::{output, place};
 
 /// Everything is as it should be.
 pub const EXIT_CLEAN: u8 = 0;
@@ -32,8 +32,10 @@ const POLL_INTERVAL: Duration = Duration::from_millis(100);
 /// What `coppice scrub` takes.
 #[derive(Args, Clone, Debug)]
 #[command(
-    after_help = "Of a mount, the daemon scrubs, beside whatever else it does; interrupted (Ctrl-C) or cancelled, the next scrub goes on where it stopped, \
-                  as long as the filesystem stays mounted. A scrub of an image begins anew each time.\n\n\
+    after_help = "Of a mount, the daemon scrubs, beside whatever else it does. Cancelled, interrupted (Ctrl-C) or ended by unmounting, \
+                  the next scrub of the mount or of the image goes on where it stopped. The place is kept in \
+                  $COPPICE_STATE_DIRECTORY, else in /var/lib/coppice for root and in $XDG_STATE_HOME/coppice or \
+                  ~/.local/state/coppice for others.\n\n\
                   Exit codes: 0 everything is as it should be, 1 all that was not is repaired, 4 damage remains, 8 the scrub did not come to its end, or its report could not be written."
 )]
 #[allow(clippy::struct_excessive_bools, reason = "command-line flags")]
@@ -96,7 +98,7 @@ fn scrub_image(arguments: &Arguments) -> anyhow::Result<u8> {
             arguments.target.display()
         );
     }
-    let options = OpenOptions { workers: WorkerSet::Essential, ..OpenOptions::default() };
+    let options = place::kept(OpenOptions { workers: WorkerSet::Essential, ..OpenOptions::default() });
     let filesystem: Arc<Filesystem> = Filesystem::open_path(&arguments.target, &options)?;
     let scrub = filesystem.scrub();
     let outcome = follow(arguments, &|ask, cursor| scrub.control(ScrubRequest { ask, cursor }));
@@ -123,8 +125,11 @@ fn follow(arguments: &Arguments, ask: Ask<'_>) -> anyhow::Result<u8> {
         }
         started => started?.status,
     };
+    if !status.notice.is_empty() {
+        complain!("coppice: warning: {}; the scrub begins anew", status.notice);
+    }
     if status.resumed && !arguments.quiet {
-        complain!("going on where the cancelled scrub stopped (--restart begins anew)");
+        complain!("going on where the last scrub stopped, in {} (--restart begins anew)", status.phase);
     }
     let bar = if arguments.quiet { ProgressBar::hidden() } else { ProgressBar::new(status.bytes_total) };
     if let Ok(style) =
@@ -186,6 +191,8 @@ struct JsonReport<'a> {
     repaired: u64,
     damaged: u64,
     elapsed_seconds: f64,
+    /// When it ended, in seconds since 1970; null if it has not.
+    ended_at: Option<i64>,
     failure: &'a str,
     findings: Vec<JsonFinding<'a>>,
 }
@@ -224,6 +231,7 @@ fn report(arguments: &Arguments, status: &ScrubStatus, findings: &[ScrubReport])
             repaired: status.repaired,
             damaged: status.damaged,
             elapsed_seconds: std::time::Duration::from_millis(status.elapsed_ms).as_secs_f64(),
+            ended_at: (status.ended_at != 0).then_some(status.ended_at),
             failure: &status.failure,
             findings: findings.collect(),
         })?;
@@ -234,10 +242,14 @@ fn report(arguments: &Arguments, status: &ScrubStatus, findings: &[ScrubReport])
     }
     let further = (status.repaired + status.damaged).saturating_sub(findings.len() as u64);
     if further > 0 {
-        say!("{target}: and {further} more");
+        say!("{target}: and {further} more, of which only the number is kept");
     }
     if !arguments.quiet {
-        say!("{target}: {}", summary(status));
+        let ended = match status.ended_at {
+            seconds if arguments.status && seconds != 0 => format!(" (ended {})", output::time(seconds)),
+            _ => String::new(),
+        };
+        say!("{target}: {}{ended}", summary(status));
     }
     Ok(code)
 }
@@ -260,7 +272,7 @@ fn summary(status: &ScrubStatus) -> String {
         bytes => format!("; {} of data have no checksum, and could be read", output::size(bytes)),
     };
     match status.state {
-        ScrubState::Never => "no scrub was made since it was mounted".to_owned(),
+        ScrubState::Never => "no scrub was made, as far as is known".to_owned(),
         ScrubState::Running => {
             let share = status.bytes * 100 / status.bytes_total.max(1);
             format!("running ({}), {share}%: {read}; so far {outcome}", status.phase)
