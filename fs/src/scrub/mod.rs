@@ -9,7 +9,7 @@
 //! settling      a checkpoint, if nodes are to be written anew
 //! ```
 //! One [`Worker`], whose thread is started with the first scrub: who never scrubs has none. It is driven and looked at through [`ScrubControl`]. A cancelled scrub
-//! goes on where it stopped. Where a [`ScrubKeeper`] is given, it is told the place when a scrub begins, ends or is cancelled, every [`KEEP_INTERVAL`]
+//! goes on where it stopped. Where a [`ScrubKeeper`] is given, it is told the place when a scrub begins, ends or is cancelled, every few seconds
 //! beside it, and at the unmount; what it had kept is read once, by who opens the filesystem. On a read-only filesystem everything is read and nothing repaired.
 //!
 //! Locks: one short mutex over the state, held over nothing; what a step reads and waits for is the forest's and the data layer's. The keeper is called by
