@@ -178,7 +178,7 @@ fn an_interrupted_scrub_of_an_image_goes_on_and_a_wrong_place_is_ignored() {
         (b"{ half".to_vec(), "damaged"),
         (change("version", 7.into()), "of version 7"),
         (change("uuid", "8b9cb7c3-0000-4000-8000-000000000000".into()), "of another filesystem"),
-        (change("bytes", (1_u64 << 50).into()), "beyond the device"),
+        (change("bytes", u64::MAX.into()), "more than there can be"),
         (change("unsettled", true.into()), "no checkpoint"),
     ] {
         fs::write(&file, bytes).unwrap();

@@ -47,6 +47,44 @@ struct Versioned {
     version: u64,
 }
 
+/// What a scrub has read and found so far, as the kept file and `coppice scrub --json` say it.
+#[derive(Clone, Copy, Deserialize, Serialize)]
+pub struct Totals {
+    bytes: u64,
+    bytes_total: u64,
+    nodes: u64,
+    copies: u64,
+    data_bytes: u64,
+    unchecked_bytes: u64,
+    repaired: u64,
+    damaged: u64,
+}
+
+impl Totals {
+    /// Those of a status.
+    #[must_use]
+    pub fn of(status: &ScrubStatus) -> Self {
+        let &ScrubStatus { bytes, bytes_total, nodes, copies, data_bytes, unchecked_bytes, repaired, damaged, .. } =
+            status;
+        Self { bytes, bytes_total, nodes, copies, data_bytes, unchecked_bytes, repaired, damaged }
+    }
+
+    fn status(self) -> ScrubStatus {
+        let Self { bytes, bytes_total, nodes, copies, data_bytes, unchecked_bytes, repaired, damaged } = self;
+        ScrubStatus {
+            bytes,
+            bytes_total,
+            nodes,
+            copies,
+            data_bytes,
+            unchecked_bytes,
+            repaired,
+            damaged,
+            ..ScrubStatus::default()
+        }
+    }
+}
+
 #[derive(Deserialize, Serialize)]
 struct Kept {
     version: u64,
@@ -60,14 +98,8 @@ struct Kept {
     snapshot: u32,
     unsettled: bool,
     read_only: bool,
-    bytes: u64,
-    bytes_total: u64,
-    nodes: u64,
-    copies: u64,
-    data_bytes: u64,
-    unchecked_bytes: u64,
-    repaired: u64,
-    damaged: u64,
+    #[serde(flatten)]
+    totals: Totals,
     elapsed_ms: u64,
     ended_at: i64,
     failure: String,
@@ -125,14 +157,7 @@ fn encode(filesystem: Uuid, place: &ScrubPlace) -> serde_json::Result<Vec<u8>> {
         snapshot: position.snapshot,
         unsettled: place.is_unsettled,
         read_only: place.is_read_only,
-        bytes: status.bytes,
-        bytes_total: status.bytes_total,
-        nodes: status.nodes,
-        copies: status.copies,
-        data_bytes: status.data_bytes,
-        unchecked_bytes: status.unchecked_bytes,
-        repaired: status.repaired,
-        damaged: status.damaged,
+        totals: Totals::of(status),
         elapsed_ms: status.elapsed_ms,
         ended_at: status.ended_at,
         failure: status.failure.chars().take(500).collect(),
@@ -154,18 +179,10 @@ fn decode(bytes: &[u8], filesystem: Uuid) -> Result<ScrubPlace, String> {
     let status = ScrubStatus {
         state,
         phase: kept.phase,
-        bytes: kept.bytes,
-        bytes_total: kept.bytes_total,
-        nodes: kept.nodes,
-        copies: kept.copies,
-        data_bytes: kept.data_bytes,
-        unchecked_bytes: kept.unchecked_bytes,
-        repaired: kept.repaired,
-        damaged: kept.damaged,
         elapsed_ms: kept.elapsed_ms,
         ended_at: kept.ended_at,
         failure: kept.failure,
-        ..ScrubStatus::default()
+        ..kept.totals.status()
     };
     Ok(ScrubPlace {
         status,

@@ -404,8 +404,7 @@ impl State {
 fn recalled(config: &ScrubConfig) -> State {
     let mut state = State::new();
     let Some(keeper) = &config.keeper else { return state };
-    let device_bytes = config.devices.iter().map(|device| device.size_bytes()).fold(0, u64::saturating_add);
-    let read = |place: ScrubPlace| Ok((place.read(device_bytes, config.read_only)?, place.status));
+    let read = |place: ScrubPlace| Ok((place.read(config.read_only)?, place.status));
     match keeper.recall(config.superblock.filesystem).and_then(|place| place.map(read).transpose()) {
         Ok(None) => {}
         Ok(Some((phase, mut status))) => {
