@@ -494,6 +494,11 @@ impl Cache {
         self.failed_runs.fetch_add(1, Ordering::SeqCst);
     }
 
+    /// Whether any run has ever failed.
+    pub(super) fn has_failed_runs(&self) -> bool {
+        self.failed_runs.load(Ordering::SeqCst) > 0
+    }
+
     /// Why nothing of what is dirty can be written, if it was tried again since so many runs had failed: then to wait for it is in vain, until somebody
     /// mends or removes it.
     fn failure_of_all_since(&self, failed_before: u64) -> Option<Error> {

@@ -50,6 +50,14 @@ pub struct WritebackRun {
     completed: bool,
 }
 
+/// How a run ends.
+enum End {
+    Written,
+    /// Nobody tried to write it.
+    Dropped,
+    Failed(Error),
+}
+
 impl WritebackRun {
     /// The space it belongs to.
     #[must_use]
@@ -94,7 +102,7 @@ impl WritebackRun {
         match result {
             Ok(()) => {
                 self.space.cache().count_run(true);
-                self.end(None);
+                self.end(&End::Written);
                 0
             }
             Err(error) => {
@@ -102,13 +110,12 @@ impl WritebackRun {
                     self.space.cache().count_run(false);
                 }
                 self.space.errors().record(error.clone());
-                self.end(Some(Some(error)))
+                self.end(&End::Failed(error))
             }
         }
     }
 
-    /// `failed`: it was not written; with the error, if that was tried.
-    fn end(&mut self, failed: Option<Option<Error>>) -> u64 {
+    fn end(&mut self, how: &End) -> u64 {
         // The references first: what waits for the run may want to write in place.
         self.segments.clear();
         let space = &self.space;
@@ -118,13 +125,13 @@ impl WritebackRun {
             let mut tracking = space.tracking.lock();
             let ended = tracking.writeback.remove(self.blocks.clone());
             let mut redirtied = 0;
-            match &failed {
-                None => tracking.failure = None,
+            match how {
+                End::Written => tracking.failure = None,
                 // Space may come back by itself.
-                Some(None | Some(Error::NoSpace(_))) => {}
-                Some(Some(error)) => tracking.failure = Some(error.clone()),
+                End::Dropped | End::Failed(Error::NoSpace(_)) => {}
+                End::Failed(error) => tracking.failure = Some(error.clone()),
             }
-            if failed.is_some() {
+            if !matches!(how, End::Written) {
                 for (part, units) in &ended {
                     let again = tracking.dirty.insert_absent(part.clone(), *units);
                     redirtied += again;
@@ -136,7 +143,7 @@ impl WritebackRun {
             }
             cache.count_written(self.blocks.end - self.blocks.start, redirtied);
         }
-        if matches!(failed, Some(Some(_))) {
+        if matches!(how, End::Failed(_)) {
             cache.count_failed_run();
         }
         // Reclaim dropped folios that it met dirty: they stand for eviction again.
@@ -158,7 +165,7 @@ impl WritebackRun {
 impl Drop for WritebackRun {
     fn drop(&mut self) {
         if !self.completed {
-            self.end(Some(None));
+            self.end(&End::Dropped);
         }
     }
 }
@@ -321,6 +328,10 @@ impl AddressSpace {
     /// written to the file now would only wait with the rest.
     #[must_use]
     pub fn failure(&self) -> Option<Error> {
+        // Every write asks: where nothing ever failed, with no lock.
+        if !self.cache().has_failed_runs() {
+            return None;
+        }
         self.tracking.lock().failure.clone()
     }
 
