@@ -115,13 +115,11 @@ impl Namespace {
         Ok(())
     }
 
-    /// Stages the removal of an attribute; returns whether it was there.
-    pub(super) fn drop_xattr(
-        &self,
-        transaction: &mut Transaction<'_>,
-        number: InodeNumber,
-        name: &[u8],
-    ) -> Result<bool> {
+    /// Stages the removal of an attribute, whatever the file's flags; returns whether it was there.
+    ///
+    /// # Errors
+    /// Those of the tree.
+    pub fn drop_xattr(&self, transaction: &mut Transaction<'_>, number: InodeNumber, name: &[u8]) -> Result<bool> {
         let hash = self.hash(name);
         let Some(mut bucket) = self.xattr_bucket(transaction, number, hash)? else { return Ok(false) };
         let before = bucket.0.len();
@@ -135,14 +133,6 @@ impl Namespace {
             self.put(transaction, BtreeId::Xattrs, number.0, hash, bucket.encode());
         }
         Ok(true)
-    }
-
-    /// Removes an attribute that a change of content takes away, if it is there; whatever the file's flags.
-    ///
-    /// # Errors
-    /// Those of the tree.
-    pub fn drop_capabilities(&self, transaction: &mut Transaction<'_>, number: InodeNumber, name: &[u8]) -> Result<()> {
-        self.drop_xattr(transaction, number, name).map(|_| ())
     }
 
     /// Sets an attribute. Setting the access ACL sets the permission bits, and clears the set-group-id bit if `clear_set_gid`

@@ -81,7 +81,7 @@ impl Vfs {
         }
         let _lock = inode.lock.write();
         let committed = self.transactions.run(CommitOptions::default(), |transaction| {
-            self.namespace.drop_capabilities(transaction, inode.number, CAPABILITIES)
+            self.namespace.drop_xattr(transaction, inode.number, CAPABILITIES)
         })?;
         inode.committed(committed.sequence);
         Ok(())
