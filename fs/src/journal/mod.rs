@@ -415,7 +415,7 @@ impl Journal {
     }
 
     /// How full the ring is, in thousandths of what ordinary commits may fill, counted from the older kept checkpoint's F; at least 1000 while
-    /// somebody waits for ring space. A checkpoint starts at 400, commits are slowed from 600.
+    /// somebody waits for ring space. A checkpoint starts at 400.
     #[must_use]
     pub fn fill_permille(&self) -> u32 {
         self.inner.state.lock().fill_permille()
