@@ -11,8 +11,9 @@ use coppicefs::format::space::{Bucket, BucketState};
 use coppicefs::format::superblock::copy_offsets;
 use coppicefs::format::{BtreeId, Position};
 use coppicefs::transaction::{CommitOptions, Transaction};
+use coppicefs_tests::damage::Target;
 use coppicefs_tests::limit::finish;
-use coppicefs_tests::mount::{Site, is_mounted};
+use coppicefs_tests::mount::{Site, assert_refused, is_mounted};
 
 const SNAPSHOT: u32 = u32::MAX;
 
@@ -251,4 +252,34 @@ fn a_closed_pipe_ends_no_repair() {
     let output = repair.arg(site.image()).stdout(writer).spawn().unwrap().wait().unwrap();
     assert_eq!(output.code(), Some(1));
     site.assert_clean();
+}
+
+/// The root of a tree is lost in every checkpoint: each program names what helps, and that helps.
+#[test]
+fn what_cannot_be_mounted_names_what_helps() {
+    let Some(site) = made() else { return };
+    {
+        let target = Target::open(&site.image());
+        for checkpoint in target.checkpoints() {
+            target.destroy_node(&target.root(&checkpoint, BtreeId::Inodes));
+        }
+    }
+    let image = site.image().display().to_string();
+    for options in ["rw", "ro"] {
+        let refused = finish(site.coppice(&["mount", "-o", options]).arg(site.image()).arg(site.mnt())).unwrap();
+        let ways = [format!("`coppice restore {image} DIR`"), format!("`fsck.coppice -n {image}`")];
+        assert_refused(&refused, &["inodes tree", &ways[0], &ways[1]]);
+    }
+    let (code, said, _) = fsck(&site, &["-y"]);
+    assert_eq!(code, 8, "{said}");
+    assert!(said.contains(&format!("`coppice restore {image} DIR`")) && said.contains("--rebuild"), "{said}");
+    let to = site.path("restored");
+    let restored = finish(site.coppice(&["restore"]).arg(site.image()).arg(&to)).unwrap();
+    assert_eq!(restored.status.code(), Some(4), "{}", String::from_utf8_lossy(&restored.stdout));
+    // What is left of the size of a file whose inode is lost are its blocks.
+    assert!(fs::read(to.join("folder/file 7")).unwrap().starts_with(&[7; 21_000]));
+    let (code, said, _) = fsck(&site, &["--rebuild", "-y"]);
+    assert_eq!(code, 1, "{said}");
+    site.mount("");
+    site.unmount_and_check();
 }

@@ -721,37 +721,6 @@ fn without_a_node_space_map_everything_is_read_and_fsck_makes_it_again() {
     site.unmount_and_check();
 }
 
-/// The root of a tree is lost in every checkpoint: each program names what helps, and that helps.
-#[test]
-fn what_cannot_be_mounted_names_what_helps() {
-    const ROUNDS: u32 = 2;
-    let Some(site) = populated(ROUNDS) else { return };
-    {
-        let target = Target::open(&site.image());
-        for checkpoint in target.checkpoints() {
-            target.destroy_node(&target.root(&checkpoint, BtreeId::Inodes));
-        }
-    }
-    let image = site.image().display().to_string();
-    for options in ["rw", "ro"] {
-        let refused = finish(site.coppice(&["mount", "-o", options]).arg(site.image()).arg(site.mnt())).unwrap();
-        let ways = [format!("`coppice restore {image} DIR`"), format!("`fsck.coppice -n {image}`")];
-        assert_refused(&refused, &["inodes tree", &ways[0], &ways[1]]);
-    }
-    let output = finish(site.coppice(&["fsck", "-y"]).arg(site.image())).unwrap();
-    let said = String::from_utf8_lossy(&output.stdout);
-    assert_eq!(output.status.code(), Some(8), "{said}");
-    assert!(said.contains(&format!("`coppice restore {image} DIR`")) && said.contains("--rebuild"), "{said}");
-    let (code, report, to) = restore(&site, &[]);
-    assert!(code == 4 && report["damaged"].as_array().is_some_and(Vec::is_empty), "{code}: {report}");
-    // What is left of the size of a file whose inode is lost are its blocks.
-    assert!(fs::read(to.join("folder2/file7")).unwrap().starts_with(&content(1, 7)), "{report}");
-    let output = finish(site.coppice(&["fsck", "--rebuild", "-y"]).arg(site.image())).unwrap();
-    assert_eq!(output.status.code(), Some(1), "{}", String::from_utf8_lossy(&output.stdout));
-    site.mount("");
-    site.unmount_and_check();
-}
-
 /// Names that lead elsewhere, a symbolic link where a directory is to be: all stays inside.
 #[test]
 fn nothing_that_an_image_says_leads_outside() {

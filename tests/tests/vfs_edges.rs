@@ -62,6 +62,12 @@ fn found(vfs: &Vfs, name: &str) -> u64 {
     }
 }
 
+/// A file that is there, opened.
+fn opened(vfs: &Vfs, name: &str, flags: i32) -> (u64, u64) {
+    let node = found(vfs, name);
+    (node, vfs.open(&USER, node, flags).unwrap().handle)
+}
+
 fn write(vfs: &Vfs, (node, handle): (u64, u64), offset: u64, data: &[u8]) -> Result<u32> {
     vfs.write(&USER, &WriteRequest::new(node, handle, offset, data))
 }
@@ -91,8 +97,7 @@ fn with_unreadable_extents(warm: impl FnOnce(&Vfs)) -> (Arc<SimDevice>, Arc<File
 fn writers_do_not_wait_for_what_cannot_be_written_back() {
     let _limit = Limit::new();
     let (_device, filesystem) = with_unreadable_extents(|_| {});
-    let node = found(filesystem.vfs(), "f");
-    let handle = filesystem.vfs().open(&USER, node, READ_WRITE).unwrap().handle;
+    let (node, handle) = opened(filesystem.vfs(), "f", READ_WRITE);
     let (ended, end) = channel();
     let writer = Arc::clone(&filesystem);
     std::thread::spawn(move || {
@@ -314,8 +319,7 @@ fn a_copy_is_durable_where_writes_are_and_refused_where_they_are() {
 
     let filesystem = open(&durable, OpenOptions::default());
     let vfs = filesystem.vfs();
-    let node = found(vfs, "target");
-    let handle = vfs.open(&USER, node, 0).unwrap().handle;
+    let (node, handle) = opened(vfs, "target", 0);
     assert!(read(vfs, (node, handle), 0, 8192) == [7; 8192], "a copy was lost on a synchronous mount");
     filesystem.close().unwrap();
 }
@@ -326,8 +330,7 @@ fn a_sync_that_fails_for_one_file_makes_all_else_durable() {
     let _limit = Limit::new();
     let (device, filesystem) = with_unreadable_extents(|_| {});
     let vfs = filesystem.vfs();
-    let node = found(vfs, "f");
-    let handle = vfs.open(&USER, node, READ_WRITE).unwrap().handle;
+    let (node, handle) = opened(vfs, "f", READ_WRITE);
     write(vfs, (node, handle), 0, &[1; 4096]).unwrap();
     vfs.mkdir(&USER, ROOT, OsStr::new("d"), 0o755).unwrap();
     assert!(vfs.sync().unwrap_err().is_media_error());
@@ -344,8 +347,7 @@ fn an_error_that_a_close_was_told_is_told_the_next_fsync_once() {
     let _limit = Limit::new();
     let (device, filesystem) = with_unreadable_extents(|_| {});
     let vfs = filesystem.vfs();
-    let node = found(vfs, "f");
-    let handle = vfs.open(&USER, node, READ_WRITE).unwrap().handle;
+    let (node, handle) = opened(vfs, "f", READ_WRITE);
     write(vfs, (node, handle), 0, &[1; 4096]).unwrap();
     assert!(vfs.sync().unwrap_err().is_media_error());
     device.clear_faults();
@@ -365,14 +367,12 @@ fn what_is_acknowledged_after_a_truncation_that_stopped_half_way_stays() {
     let _limit = Limit::new();
     // The first leaf is in memory.
     let (device, filesystem) = with_unreadable_extents(|vfs| {
-        let node = found(vfs, "f");
-        let handle = vfs.open(&USER, node, 0).unwrap().handle;
+        let (node, handle) = opened(vfs, "f", 0);
         read(vfs, (node, handle), 0, 4096);
         vfs.release(node, handle).unwrap();
     });
     let vfs = filesystem.vfs();
-    let node = found(vfs, "f");
-    let handle = vfs.open(&USER, node, READ_WRITE).unwrap().handle;
+    let (node, handle) = opened(vfs, "f", READ_WRITE);
     let cut = SetAttributes { size_bytes: Some(0), ..SetAttributes::default() };
     assert!(vfs.set_attributes(&USER, node, &cut).unwrap_err().is_media_error());
     let is_acknowledged = write(vfs, (node, handle), 0, &[1; 4096])
@@ -382,8 +382,7 @@ fn what_is_acknowledged_after_a_truncation_that_stopped_half_way_stays() {
     let _ = filesystem.close();
     device.clear_faults();
     let filesystem = open(&device, OpenOptions::default());
-    let node = found(filesystem.vfs(), "f");
-    let handle = filesystem.vfs().open(&USER, node, 0).unwrap().handle;
+    let (node, handle) = opened(filesystem.vfs(), "f", 0);
     let shown = read(filesystem.vfs(), (node, handle), 0, 4096);
     // One that was refused is there or not, as a crash is.
     let expected: &[&[u8]] = if is_acknowledged { &[&[1; 4096]] } else { &[&[], &[7; 4096]] };
