@@ -2,8 +2,11 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use coppicefs::filesystem::{Filesystem, OpenOptions, WorkerSet};
+use coppicefs::space::TestSwitches;
+use coppicefs_tests::filesystem_subject::switch_names;
 use coppicefs_tests::limit::{Limit, finish};
 use serde_json::Value;
 
@@ -18,8 +21,7 @@ fn coppice_crash(folder: &Path, arguments: &[&str]) -> (Option<i32>, Value) {
 }
 
 /// The words of a command that a failure prints, without the program's name.
-fn words(command: &Value) -> Vec<String> {
-    let command = command.as_str().expect("a command");
+fn words(command: &str) -> Vec<String> {
     let mut words = vec![String::new()];
     let mut is_quoted = false;
     for letter in command.chars() {
@@ -42,7 +44,7 @@ fn a_failure_is_shown_again_by_its_command_and_made_small() {
     assert_eq!(code, Some(1), "{said}");
     let failure = &said["failures"][0];
     for command in ["command", "shrunk_command"] {
-        let again = words(&failure[command]);
+        let again = words(failure[command].as_str().expect("a command"));
         let (code, said) = coppice_crash(folder.path(), &again.iter().map(String::as_str).collect::<Vec<_>>());
         assert_eq!(code, Some(1), "{again:?}: {said}");
         if command == "command" {
@@ -51,6 +53,34 @@ fn a_failure_is_shown_again_by_its_command_and_made_small() {
     }
     let length = failure["shrunk"].as_array().expect("a workload").len();
     assert!(length < 13, "{length} operations: {failure}");
+}
+
+/// Each build that is broken on purpose is caught by the command that `--list` names for it, within a minute on a machine that does nothing else, by a power cut.
+#[test]
+fn every_broken_build_is_caught_by_its_command() {
+    /// By how much this machine may be busy with other things: time is wall time.
+    const MACHINE: u32 = 4;
+    let _limit = Limit::new();
+    let folder = tempfile::tempdir().unwrap();
+    let listed = finish(Command::new(env!("CARGO_BIN_EXE_coppice-crash")).arg("--list")).unwrap();
+    let listed = String::from_utf8(listed.stdout).unwrap();
+    let commands: Vec<&str> = listed.lines().filter(|line| line.starts_with("coppice-crash --switch ")).collect();
+    for (name, is_on) in switch_names(&TestSwitches::default()) {
+        assert!(!is_on && (name == "reuse-first" || commands.iter().any(|command| command.contains(name))), "{name}");
+    }
+    assert!(commands.len() >= 10, "{listed}");
+    for command in commands {
+        let start = Instant::now();
+        let mut words = words(command);
+        words.extend(["--shrink".to_owned(), "0".to_owned()]);
+        let (code, said) = coppice_crash(folder.path(), &words.iter().map(String::as_str).collect::<Vec<_>>());
+        let elapsed = start.elapsed();
+        assert_eq!(code, Some(1), "{command}: {said}");
+        let again = said["failures"][0]["command"].as_str().expect("a command");
+        assert!(again.contains("--cut "), "{command} fails without a power cut: {again}");
+        assert!(elapsed < Duration::from_secs(60) * MACHINE, "{command}: not within a minute: {elapsed:?}");
+        println!("{command}: caught after {:.1} s", elapsed.as_secs_f64());
+    }
 }
 
 #[test]

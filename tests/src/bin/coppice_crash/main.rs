@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use clap::Parser;
 use coppicefs::{complain, output, say};
 use coppicefs_tests::crash::{CrashOptions, Failure, Report, image_after, replay, run, shrink};
-use coppicefs_tests::filesystem_subject::{Coppice, switch_names};
+use coppicefs_tests::filesystem_subject::{BROKEN_BUILDS, Coppice};
 use coppicefs_tests::operation::Operation;
 use coppicefs_tests::workloads;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -92,10 +92,11 @@ fn list() {
     }
     say!("random:SEED:OPERATIONS");
     say!("full:SEED:OPERATIONS  (fills the device)");
-    say!("\nbroken builds (--switch):");
-    for (name, _) in switch_names(&Coppice::default().switches) {
-        say!("{name}");
+    say!("\nbuilds that are broken on purpose, each with a command that shows it:");
+    for (name, words) in BROKEN_BUILDS {
+        say!("coppice-crash --switch {name} {words}");
     }
+    say!("--switch reuse-first breaks nothing: buckets that were used are used again before others");
 }
 
 /// What came of a workload.
