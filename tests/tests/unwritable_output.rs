@@ -37,6 +37,7 @@ impl Case<'_> {
         };
         let mut command = command(path);
         command.args(self.words).args(self.paths).current_dir(site.path(""));
+        command.env("COPPICE_STATE_DIRECTORY", site.path("state"));
         command
     }
 
