@@ -117,7 +117,8 @@ impl Forest {
         &self.checkpoint_event
     }
 
-    /// Waits, if too many nodes are dirty, until a checkpoint has cleaned some. Call it before a commit, with no locks held.
+    /// Waits, if too many nodes are dirty or those that cannot be evicted take too much memory, until a checkpoint has cleaned some. Call it
+    /// before a commit, with no locks held.
     ///
     /// # Errors
     /// [`Error::Latched`] if checkpoints have failed; [`Error::NoSpace`] if they find no space.
@@ -125,7 +126,13 @@ impl Forest {
         self.check_failure()?;
         // Nodes also grow, and split.
         self.shrink_cache(SHRINK_STEPS);
-        if self.dirty_permille() <= 1000 {
+        if self.is_beyond_memory() {
+            self.shrink_cache(usize::MAX);
+        }
+        // What a running checkpoint writes is no longer dirty, and cannot be evicted either: without asking for memory, too, as much again became
+        // dirty beside it, and nodes took more than their part.
+        let has_room = || self.dirty_permille() <= 1000 && !(self.is_beyond_memory() && self.is_to_be_written());
+        if has_room() {
             return Ok(());
         }
         // In simulation the running checkpoint is below us on the stack: waiting for it would be for ever.
@@ -138,9 +145,8 @@ impl Forest {
             let seen = self.checkpoints_done.load(Ordering::Relaxed);
             self.request_checkpoint();
             self.env.wait(&self.checkpoint_event, || {
-                let room = self.dirty_permille() <= 1000;
-                (room || self.checkpoints_done.load(Ordering::Relaxed) != seen || self.failure.lock().is_some())
-                    .then_some(())
+                let done = self.checkpoints_done.load(Ordering::Relaxed) != seen;
+                (done || has_room() || self.failure.lock().is_some()).then_some(())
             })?;
             self.check_failure()?;
             // After a checkpoint as much again may be dirty, by others; beyond that memory must stay bounded.
@@ -154,6 +160,17 @@ impl Forest {
         let waited = self.env.monotonic().saturating_sub(started);
         self.metrics.transaction_room_wait_max_us.raise_to(u64::try_from(waited.as_micros()).unwrap_or(u64::MAX));
         Ok(())
+    }
+
+    /// Nodes take more memory than they may, by more than what comes in while one is evicted.
+    fn is_beyond_memory(&self) -> bool {
+        let budget = self.cache_bytes.load(Ordering::Relaxed);
+        self.cache.bytes() > budget + budget / 32
+    }
+
+    /// A checkpoint would let nodes be evicted.
+    fn is_to_be_written(&self) -> bool {
+        self.dirty_count.load(Ordering::Relaxed) > 0 || self.checkpoint_running.load(Ordering::Relaxed)
     }
 
     /// Makes a checkpoint; waits for one that is running first. Holds no lock for longer than it takes to move a few pointers.

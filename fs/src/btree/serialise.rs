@@ -184,7 +184,6 @@ impl<'a> Attempt<'a> {
                     self.flush_upto = self.flush_upto.max(claimed);
                 })?;
             }
-            self.ensure_spare()?;
             let structure = (hold && !self.structure_held).then(|| forest.structure.write());
             let held_here = structure.is_some();
             self.structure_held |= held_here;
@@ -205,9 +204,11 @@ impl<'a> Attempt<'a> {
     }
 
     /// One round: freezes the node if all children have images, else serialises those that have none. While splits are held off that is
-    /// enough, and the node is frozen in the same round.
+    /// enough, and the node is frozen in the same round. A node is frozen only when slots for its image are at hand: a child may have taken
+    /// those that were. [`Error::Restart`] before anything is frozen if they are not to be had while splits are held off.
     fn freeze_round(&mut self, node: &Arc<Node>) -> Result<Option<Option<Frozen>>> {
         loop {
+            self.ensure_spare()?;
             let unimaged: Vec<Arc<Node>> = {
                 let mut content = node.content.write();
                 if content.unimaged.is_empty() || content.retired {
@@ -446,5 +447,41 @@ impl Forest {
             }
             return Ok(());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::btree::tests::value;
+    use crate::btree::tests::world::{SIZE_BYTES, World};
+    use crate::device::MemDevice;
+
+    /// A parent took the slot that was set aside for it for granted, and its last child had used it up: the filesystem latched when commits kept
+    /// splitting leaves under a checkpoint until splits were held off.
+    #[test]
+    fn while_splits_are_held_off_a_parent_gets_slots_after_its_children() {
+        let world = World::new(Arc::new(MemDevice::new(SIZE_BYTES)), 2, 8 << 20);
+        for index in 0..500 {
+            world.commit(vec![(BtreeId::Extents, Position::new(index, 0, 0), Some(value(index, 200)))]);
+        }
+        let forest = &world.forest;
+        let root = forest.root(BtreeId::Extents);
+        let unimaged = root.content.read().unimaged.len();
+        assert!(root.level == 1 && unimaged > 2, "{unimaged} leaves without an image");
+        let mut attempt = Attempt::new(forest, &*world.log, JournalSequence(1), JournalSequence(0));
+        attempt.structure_held = true;
+        let refused = attempt.serialise_and_link(&root);
+        assert!(
+            matches!(refused, Err(Error::Restart)),
+            "no bucket may be claimed while splits are held off: {refused:?}"
+        );
+        forest.ensure_slots(forest.estimate_slots(), &*world.log).unwrap();
+        attempt.serialise_and_link(&root).unwrap();
+        attempt.write_images(0).unwrap();
+        let content = root.content.read();
+        assert!(content.unimaged.is_empty() && content.image.is_some());
+        drop(content);
+        world.assert_matches_log();
     }
 }

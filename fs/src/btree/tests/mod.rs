@@ -8,7 +8,7 @@ mod speed;
 mod stream;
 mod threads;
 mod waiting;
-mod world;
+pub(super) mod world;
 
 use super::*;
 use crate::format::superblock::{BucketRange, Defaults, ErrorCounts, Geometry, Layout, Member, VERSION};
