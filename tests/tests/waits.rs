@@ -51,6 +51,16 @@ fn put(filesystem: &Filesystem, index: u64, value: u8) -> Result<()> {
     Ok(())
 }
 
+/// Takes a key of [`put`] away.
+fn remove(filesystem: &Filesystem, index: u64) -> Result<()> {
+    let options = CommitOptions { raw: true, ..CommitOptions::default() };
+    filesystem.transactions().run(options, |transaction| {
+        transaction.delete(BtreeId::Xattrs, Position::new(1 << 40 | index, 0, u32::MAX));
+        Ok(())
+    })?;
+    Ok(())
+}
+
 fn scan(filesystem: &Filesystem, btree: BtreeId) -> Result<usize> {
     let (mut from, mut keys) = (Position::MIN, 0);
     loop {
@@ -419,5 +429,55 @@ fn everything_ends_whatever_fails() {
         }
         let closed = beside(move || filesystem.close());
         let _ = closed.recv_timeout(PATIENCE).unwrap_or_else(|_| panic!("seed {seed}: the mount does not end"));
+    }
+}
+
+/// For a while there is no bucket for anything, B-tree nodes included: operations are refused, and nothing else. The worker that met it first made
+/// the filesystem read-only. `COPPICE_WAITS` (4) is how often it is tried, `COPPICE_SEED` (1) the first try's seed.
+#[test]
+fn want_of_space_passes() {
+    let _limit = Limit::new();
+    for seed in (seed_or(1)..).take(count("COPPICE_WAITS", 4) as usize) {
+        let mut random = Xoshiro256PlusPlus::seed_from_u64(seed);
+        let first = random.next_u64() as u32 % 100;
+        let last = first + 100 + random.next_u64() as u32 % 200;
+        let no_slots_beforehand = random.next_u64().is_multiple_of(2);
+        let switches =
+            TestSwitches { refuse_allocations: Some((first, last)), no_slots_beforehand, ..TestSwitches::default() };
+        let mut format = test_geometry();
+        format.journal_bytes = (128 << 10) << (random.next_u64() % 3);
+        let device: Arc<dyn BlockDevice> = Arc::new(MemDevice::new(32 << 20));
+        Filesystem::format(&device, &format, &Env::real()).unwrap();
+        let options = OpenOptions { switches, ..options() };
+        let filesystem = Filesystem::open(vec![Arc::clone(&device)], &options).unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let threads: Vec<_> = (0..3)
+            .map(|thread| {
+                let (filesystem, stop) = (Arc::clone(&filesystem), Arc::clone(&stop));
+                beside(move || match thread {
+                    // More dirty nodes than commits may make without a checkpoint.
+                    0 => (0..).take_while(|_| !stop.load(Ordering::Relaxed)).for_each(|index| {
+                        let _ = put(&filesystem, index * 131 % 12_000, 1);
+                    }),
+                    _ => churn(&filesystem, seed * 100 + thread, &stop),
+                })
+            })
+            .collect();
+        let name = "space.allocations";
+        wait_until("space comes back", || {
+            filesystem.latched().is_some() || counter(&filesystem, name) > u64::from(last)
+        });
+        stop.store(true, Ordering::Relaxed);
+        for thread in threads {
+            thread.recv_timeout(PATIENCE).unwrap_or_else(|_| panic!("seed {seed}: an operation does not end"));
+        }
+        assert_eq!(filesystem.latched(), None, "seed {seed}");
+        // Who waits is told while there is no space.
+        wait_until("all that is unlinked is deleted", || filesystem.vfs().wait_for_deletions().is_ok());
+        (0..12_000).for_each(|index| remove(&filesystem, index).unwrap());
+        filesystem.close().unwrap();
+        let again = Filesystem::open(vec![device], &OpenOptions { read_only: true, ..OpenOptions::default() }).unwrap();
+        let problems = coppicefs_fsck::check(&again, &|_, _, _, _| {}).unwrap().problems;
+        assert!(problems.is_empty(), "seed {seed}: {problems:?}");
     }
 }

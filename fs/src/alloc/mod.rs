@@ -121,6 +121,8 @@ pub struct TestSwitches {
     pub triggers_in_replay: bool,
     /// No fault: freed buckets are used next, not when the others are. Makes reuse happen in small workloads.
     pub reuse_first: bool,
+    /// No fault: a checkpoint does not make sure of slots before it begins, so that between any two nodes there may be none.
+    pub no_slots_beforehand: bool,
     /// Reads hold no references on the buckets that they read.
     pub no_bucket_references: bool,
     /// The page cache's add lock excludes nobody.

@@ -50,16 +50,15 @@ impl Forest {
         (full + full / 8 + 8) * self.limits.copies
     }
 
-    /// Makes sure of `slots` free slots if buckets can be had. Returns up to where the journal must be durable for what was claimed.
-    pub(super) fn ensure_slots(&self, slots: usize, log: &dyn CheckpointLog) -> Result<JournalSequence> {
-        let mut claimed = JournalSequence(0);
+    /// Makes sure of `slots` free slots if buckets can be had. What is claimed is durable before a checkpoint is published, this one or a later.
+    pub(super) fn ensure_slots(&self, slots: usize, log: &dyn CheckpointLog) -> Result<()> {
         loop {
             let (free, bucket_slots) = {
                 let space = self.space.lock();
                 (space.free_slots(), space.bucket_slots())
             };
             if free >= slots {
-                return Ok(claimed);
+                return Ok(());
             }
             let Some(node_buckets) = self.node_buckets.get() else {
                 return Err(Error::NoSpace("there are no buckets for B-tree nodes"));
@@ -69,7 +68,7 @@ impl Forest {
             if buckets.is_empty() {
                 return Err(Error::NoSpace("no bucket can be given to B-tree nodes"));
             }
-            claimed = log.newest();
+            self.count_on(log.newest());
             let mut space = self.space.lock();
             for (device, bucket) in buckets {
                 space.add_bucket(device, bucket);

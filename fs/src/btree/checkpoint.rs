@@ -12,7 +12,8 @@
 //!
 //! What each order prevents: an image never holds a change that the journal could lose (4 before 5); a slot that a kept checkpoint uses is
 //! never written, except behind the bytes that its pointer covers; a claim is durable before a map names the bucket (4).
-//! A failure after step 2 leaves nodes whose changes are in no image that is published: nothing may be published after it (latched).
+//! A failure after step 2 leaves nodes whose changes are in no image that is published: nothing may be published after it (latched). Not so want of
+//! space, which is met before a node is frozen: what was written stays for the next checkpoint.
 
 use std::time::Duration;
 
@@ -64,7 +65,8 @@ pub(super) struct Kept {
     next_number: u64,
     /// Map of the newest, by page.
     pub(super) published_map: Vec<Vec<MapEntry>>,
-    /// Changes of reachability by nodes that left the tree since, other than by their parent's entry: collapsed roots.
+    /// Changes of reachability since: by nodes that left the tree other than by their parent's entry (collapsed roots), and by the images of a
+    /// checkpoint that found no space for all of its nodes.
     pub(super) pending: SlotChanges,
 }
 
@@ -215,7 +217,9 @@ impl Forest {
         self.merge_small_nodes()?;
         let moved = self.relocate_nodes()?;
         let needed = self.estimate_slots();
-        let claimed = self.ensure_slots(needed, log)?;
+        if !self.switches.get().is_some_and(|switches| switches.no_slots_beforehand) {
+            self.ensure_slots(needed, log)?;
+        }
         let boundary = log.boundary()?;
         {
             let kept = self.kept.lock();
@@ -224,9 +228,17 @@ impl Forest {
                 return Ok(CheckpointOutcome { number: kept.newest.number, ..CheckpointOutcome::default() });
             }
         }
-        let flush_upto = claimed.max(JournalSequence(boundary.first_replay.0.saturating_sub(1)));
-        let mut attempt = Attempt::new(self, log, boundary.first_replay, flush_upto);
-        let published = attempt.serialise_all().and_then(|roots| attempt.publish(roots, &boundary, reason));
+        self.count_on(JournalSequence(boundary.first_replay.0.saturating_sub(1)));
+        let mut attempt = Attempt::new(self, log, boundary.first_replay);
+        let published = match attempt.serialise_all() {
+            Ok(roots) => attempt.publish(roots, &boundary, reason),
+            // Between two nodes: those that were written are so, and the next checkpoint publishes them.
+            Err(error @ Error::NoSpace(_)) => match attempt.set_aside() {
+                Ok(()) => return Err(error),
+                Err(worse) => Err(worse),
+            },
+            Err(error) => Err(error),
+        };
         if let Err(error) = &published {
             tracing::error!("a checkpoint failed, nothing more will be written: {error}");
             self.fail(&format!("a checkpoint failed: {error}"));
@@ -245,6 +257,11 @@ impl Forest {
         Ok(outcome)
     }
 
+    /// The next checkpoint's record is written when the journal is durable up to here.
+    pub(super) fn count_on(&self, sequence: JournalSequence) {
+        self.counted_on.fetch_max(sequence.0, Ordering::Relaxed);
+    }
+
     fn check_failure(&self) -> Result<()> {
         match &*self.failure.lock() {
             Some(reason) => Err(Error::Latched { reason: reason.clone() }),
@@ -254,6 +271,13 @@ impl Forest {
 }
 
 impl Attempt<'_> {
+    /// Leaves what was serialised to the next checkpoint: the images are written, and what they change of the map is kept.
+    fn set_aside(&mut self) -> Result<()> {
+        self.write_images(0)?;
+        self.forest.kept.lock().pending.add(&self.changes);
+        Ok(())
+    }
+
     /// Makes the images durable and publishes them. Returns the older kept checkpoint's F: its place in the ring, and its sequence.
     fn publish(
         &mut self,
@@ -278,9 +302,10 @@ impl Attempt<'_> {
         let pages = forest.space.lock().pages(&self.changes)?;
         let map = forest.reader.write_map(&pages, &published_map, &newest.map, &previous)?;
         // All that the record will name is durable before it is written: the journal, images and map pages.
+        let counted_on = JournalSequence(forest.counted_on.load(Ordering::Relaxed));
         let is_early = forest.switches.get().is_some_and(|switches| switches.publish_checkpoint_early);
         if !is_early {
-            self.log.flush(self.flush_upto)?;
+            self.log.flush(counted_on)?;
             forest.reader.flush()?;
         }
         let record = Checkpoint {
@@ -289,7 +314,7 @@ impl Attempt<'_> {
             first_replay: boundary.first_replay.0,
             first_replay_offset: boundary.offset,
             previous_record_checksum: boundary.previous_checksum,
-            newest_sequence: self.flush_upto.0,
+            newest_sequence: counted_on.0,
             roots: roots.into_iter().map(|(root, _)| root).collect(),
             totals: boundary.totals.clone(),
             next_node: forest.next_node.load(Ordering::Relaxed),
@@ -299,7 +324,7 @@ impl Attempt<'_> {
         };
         forest.reader.write_record(&record)?;
         if is_early {
-            self.log.flush(self.flush_upto)?;
+            self.log.flush(counted_on)?;
         }
         forest.reader.flush()?;
 

@@ -202,6 +202,8 @@ pub struct Forest {
     reclaim_idle_rounds: AtomicU32,
     /// The last checkpoint failed for lack of space.
     checkpoint_lacked_space: AtomicBool,
+    /// Newest journal sequence of what the next checkpoint's record will name: changes in images, and claims of their slots.
+    counted_on: AtomicU64,
     checkpoints_done: AtomicU64,
     /// Notified when a checkpoint ends or is asked for.
     checkpoint_event: Event,
@@ -268,6 +270,7 @@ impl Forest {
             reclaim_pending: AtomicBool::new(false),
             reclaim_idle_rounds: AtomicU32::new(0),
             checkpoint_lacked_space: AtomicBool::new(false),
+            counted_on: AtomicU64::new(0),
             checkpoints_done: AtomicU64::new(0),
             checkpoint_event: Event::new(),
             failure: Mutex::new(None),

@@ -46,8 +46,6 @@ pub(super) struct Attempt<'a> {
     pub forest: &'a Forest,
     pub log: &'a dyn CheckpointLog,
     first_replay: JournalSequence,
-    /// The journal must be durable up to here before publication.
-    pub flush_upto: JournalSequence,
     pub changes: SlotChanges,
     /// Slots for the next full image.
     spare: Option<SmallVec<[NodeAddress; 2]>>,
@@ -71,17 +69,11 @@ const FREEZE_ROUNDS_MAX: u32 = 4;
 
 impl<'a> Attempt<'a> {
     /// A checkpoint of all below `first_replay`, with nothing done yet.
-    pub fn new(
-        forest: &'a Forest,
-        log: &'a dyn CheckpointLog,
-        first_replay: JournalSequence,
-        flush_upto: JournalSequence,
-    ) -> Self {
+    pub fn new(forest: &'a Forest, log: &'a dyn CheckpointLog, first_replay: JournalSequence) -> Self {
         Self {
             forest,
             log,
             first_replay,
-            flush_upto,
             changes: SlotChanges::default(),
             spare: None,
             structure_held: false,
@@ -129,7 +121,7 @@ impl<'a> Attempt<'a> {
                     }
                     None if empty => {
                         // What emptied it may be newer than F: the record shows it, so the journal must not lose it.
-                        self.flush_upto = self.flush_upto.max(newest);
+                        self.forest.count_on(newest);
                         break;
                     }
                     None => self.serialise_and_link(&root)?,
@@ -157,18 +149,20 @@ impl<'a> Attempt<'a> {
 
     /// Makes sure of slots for one full image. [`Error::Restart`] if that would need a claim while splits are held off.
     fn ensure_spare(&mut self) -> Result<()> {
+        let copies = self.forest.limits.copies;
+        let mut supplied = Ok(());
         while self.spare.is_none() {
-            let copies = self.forest.limits.copies;
             self.spare = self.forest.space.lock().allocate(copies);
             if self.spare.is_none() {
+                // Fewer than were asked for may be enough.
+                supplied?;
                 if self.structure_held {
                     return Err(Error::Restart);
                 }
                 // Many at once, so that a checkpoint claims a few times at most.
                 let free = self.forest.space.lock().free_slots();
                 let more = 8 + self.forest.dirty_nodes_max() / 8;
-                let claimed = self.forest.ensure_slots(free + more * copies, self.log)?;
-                self.flush_upto = self.flush_upto.max(claimed);
+                supplied = self.forest.ensure_slots(free + more * copies, self.log);
             }
         }
         Ok(())
@@ -179,10 +173,12 @@ impl<'a> Attempt<'a> {
         let forest = self.forest;
         for round in 0.. {
             let hold = round >= FREEZE_ROUNDS_MAX;
-            if hold {
-                forest.ensure_slots(16 * forest.limits.copies, self.log).map(|claimed| {
-                    self.flush_upto = self.flush_upto.max(claimed);
-                })?;
+            let supplied = if hold { forest.ensure_slots(16 * forest.limits.copies, self.log) } else { Ok(()) };
+            // Fewer than were asked for may be enough.
+            if let Err(error) = &supplied
+                && !matches!(error, Error::NoSpace(_))
+            {
+                return supplied.map(|()| None);
             }
             let structure = (hold && !self.structure_held).then(|| forest.structure.write());
             let held_here = structure.is_some();
@@ -194,7 +190,7 @@ impl<'a> Attempt<'a> {
             drop(structure);
             match outcome {
                 // Slots ran out while splits were held off: again, after a claim.
-                Err(Error::Restart) if held_here => {}
+                Err(Error::Restart) if held_here => supplied?,
                 Err(error) => return Err(error),
                 Ok(Some(frozen)) => return Ok(frozen),
                 Ok(None) => {}
@@ -214,7 +210,7 @@ impl<'a> Attempt<'a> {
                 if content.unimaged.is_empty() || content.retired {
                     // Also if there is nothing to write: a change after F may have undone one before it, and what the image shows is then
                     // the state after both. The journal must not lose the later one.
-                    self.flush_upto = self.flush_upto.max(content.newest);
+                    self.forest.count_on(content.newest);
                     return Ok(Some(self.forest.freeze_content(node, &mut content)));
                 }
                 content.unimaged.values().cloned().collect()
@@ -327,7 +323,7 @@ impl<'a> Attempt<'a> {
     }
 
     /// Submits what was encoded if it is at least `threshold_bytes`. No lock is held.
-    fn write_images(&mut self, threshold_bytes: usize) -> Result<()> {
+    pub fn write_images(&mut self, threshold_bytes: usize) -> Result<()> {
         if self.writes.is_empty() || self.write_bytes < threshold_bytes {
             return Ok(());
         }
@@ -469,7 +465,7 @@ mod tests {
         let root = forest.root(BtreeId::Extents);
         let unimaged = root.content.read().unimaged.len();
         assert!(root.level == 1 && unimaged > 2, "{unimaged} leaves without an image");
-        let mut attempt = Attempt::new(forest, &*world.log, JournalSequence(1), JournalSequence(0));
+        let mut attempt = Attempt::new(forest, &*world.log, JournalSequence(1));
         attempt.structure_held = true;
         let refused = attempt.serialise_and_link(&root);
         assert!(

@@ -35,6 +35,7 @@ use crate::format::space::Backpointer;
 use crate::format::{BtreeId, ChecksumKind, CompressionKind, Position, Value};
 use crate::memory::AlignedBuffer;
 use crate::space::pointer;
+use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Arc, Mutex};
 use crate::transaction::{CommitOptions, Transaction};
 use crate::units::{BucketIndex, DeviceIndex, InodeNumber};
@@ -44,6 +45,9 @@ const BATCH_BYTES: u64 = 1 << 20;
 
 /// How long to wait for space, or if nothing in a victim could be moved.
 const RETRY_AFTER: std::time::Duration = std::time::Duration::from_millis(5);
+
+/// The same where not even keys find space.
+const RETRY_SPACE: std::time::Duration = std::time::Duration::from_millis(100);
 
 /// How long to leave things alone after an error of the medium.
 const PAUSE_AFTER_ERROR: std::time::Duration = std::time::Duration::from_secs(1);
@@ -115,6 +119,8 @@ pub struct CopyGc {
     data: Arc<Data>,
     /// A bucket that is not empty yet, since space ran out.
     pending: Mutex<Option<BucketKey>>,
+    /// The last step found no space for B-tree nodes.
+    lacks_space: AtomicBool,
 }
 
 /// What moving data out of a bucket came to.
@@ -130,7 +136,7 @@ impl Data {
     /// The worker that keeps free buckets coming.
     #[must_use]
     pub fn copygc_worker(self: &Arc<Self>) -> Arc<CopyGc> {
-        Arc::new(CopyGc { data: Arc::clone(self), pending: Mutex::new(None) })
+        Arc::new(CopyGc { data: Arc::clone(self), pending: Mutex::new(None), lacks_space: AtomicBool::new(false) })
     }
 
     /// Moves all that is alive out of a bucket, as far as there is space without waiting: others wait for copygc.
@@ -587,8 +593,18 @@ impl Worker for CopyGc {
                 tracing::error!(bucket = bucket.0, "copygc leaves a bucket as it is: {error}");
                 return Ok(Progress::Idle(Some(PAUSE_AFTER_ERROR)));
             }
+            // Not even for the keys: as if there were none for the data.
+            Err(Error::NoSpace(reason)) => {
+                if !self.lacks_space.swap(true, Ordering::Relaxed) {
+                    tracing::warn!("copygc waits for space: {reason}");
+                }
+                *self.pending.lock() = Some((device, bucket));
+                self.data.space.copygc_lacks_space();
+                return Ok(Progress::Idle(Some(RETRY_SPACE)));
+            }
             Err(error) => return Err(error),
         };
+        self.lacks_space.store(false, Ordering::Relaxed);
         if !evacuated.is_complete {
             *self.pending.lock() = Some((device, bucket));
             return Ok(Progress::Idle(Some(RETRY_AFTER)));

@@ -27,6 +27,8 @@ const KEEP_BUCKETS_MIN: u64 = 64;
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 /// The same when space is short.
 const LOOK_SOON: Duration = Duration::from_millis(5);
+/// How long to wait for space for what freeing writes down.
+const RETRY_SPACE: Duration = Duration::from_millis(100);
 /// How long an emptied bucket may wait for somebody else's flush before the worker asks for one.
 const PATIENCE: Duration = Duration::from_secs(1);
 
@@ -249,8 +251,24 @@ impl Worker for FreeWorker {
         let space = &self.space;
         let limit = usize::try_from(budget).unwrap_or(FREE_BATCH).max(1);
         self.refresh();
-        if space.free_emptied(CommitOptions::reclaim(), limit)? > 0 || space.punch_surplus()? > 0 {
-            return Ok(Progress::Worked);
+        let outcome = match space.free_emptied(CommitOptions::reclaim(), limit) {
+            Ok(0) => space.punch_surplus(),
+            outcome => outcome,
+        };
+        let lacks_space = matches!(outcome, Err(Error::NoSpace(_)));
+        let lacked_space = space.cannot_free.swap(lacks_space, Ordering::SeqCst);
+        match outcome {
+            Ok(0) => {}
+            Ok(_) => return Ok(Progress::Worked),
+            // A checkpoint that finds some is enough. Who waits for a bucket is told.
+            Err(Error::NoSpace(reason)) => {
+                if !lacked_space {
+                    tracing::warn!("emptied buckets wait for space to be freed in: {reason}");
+                    space.allocator.changed().notify();
+                }
+                return Ok(Progress::Idle(Some(RETRY_SPACE)));
+            }
+            Err(error) => return Err(error),
         }
         let Some((oldest, newest)) = space.allocator.emptied_span() else { return Ok(Progress::Idle(None)) };
         if oldest <= space.journal.reusable() {

@@ -72,6 +72,8 @@ pub struct Space {
     copygc_event: Event,
     /// Copygc has found nothing to move since the last change.
     copygc_exhausted: AtomicBool,
+    /// What freeing writes finds no space.
+    cannot_free: AtomicBool,
     /// The host has refused to take free buckets back: it is not asked again.
     discards_fail: AtomicBool,
     /// Where the search for buckets to punch goes on, on device 0, 1, ... in turn.
@@ -147,6 +149,7 @@ impl Space {
             waiters: AtomicU32::new(0),
             copygc_event: Event::new(),
             copygc_exhausted: AtomicBool::new(false),
+            cannot_free: AtomicBool::new(false),
             discards_fail: AtomicBool::new(false),
             punch_cursor: crate::sync::Mutex::new((DeviceIndex(0), BucketIndex(0))),
             node_cursors: [AtomicU64::new(0), AtomicU64::new(0)],
@@ -335,8 +338,17 @@ impl Space {
         Ok(self.free_emptied(CommitOptions::reclaim(), 64)? > 0)
     }
 
+    /// Copygc cannot write down what it would move: whoever waits for it is told.
+    pub fn copygc_lacks_space(&self) {
+        self.copygc_exhausted.store(true, Ordering::SeqCst);
+        self.allocator.changed().notify();
+    }
+
     /// Whether nothing under way can free a bucket.
     fn is_hopeless(&self) -> bool {
+        if self.cannot_free.load(Ordering::SeqCst) {
+            return true;
+        }
         self.copygc_exhausted.load(Ordering::SeqCst)
             && self.allocator.emptied_span().is_none()
             && !self.allocator.is_busy()

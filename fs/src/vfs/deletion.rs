@@ -21,6 +21,8 @@ use crate::units::InodeNumber;
 const SCAN_STEP: usize = 64;
 /// How long to wait for somebody else's writeback of the inode.
 const RETRY: Duration = Duration::from_millis(10);
+/// How long to wait for space for what a deletion writes down.
+const RETRY_SPACE: Duration = Duration::from_millis(100);
 
 #[derive(Debug)]
 struct Deletion {
@@ -37,6 +39,8 @@ struct Queue {
     scan_from: Option<InodeNumber>,
     /// A step is under way.
     is_working: bool,
+    /// The last step found no space for B-tree nodes. Nobody waits for deletions then.
+    lacks_space: bool,
 }
 
 /// What is to be deleted.
@@ -52,7 +56,8 @@ pub(super) struct Deletions {
 
 impl Default for Deletions {
     fn default() -> Self {
-        let queue = Queue { waiting: VecDeque::new(), scan_from: Some(InodeNumber(0)), is_working: false };
+        let queue =
+            Queue { waiting: VecDeque::new(), scan_from: Some(InodeNumber(0)), is_working: false, lacks_space: false };
         let (is_driven, waiters) = (AtomicBool::new(false), AtomicU32::new(0));
         Self { queue: Mutex::new(queue), event: Event::new(), is_driven, waiters }
     }
@@ -106,7 +111,7 @@ impl Vfs {
                 return Some(Err(error));
             }
             // Looked at first: what is deleted in between is in the answer.
-            let more = self.has_deletions();
+            let more = self.has_deletions() && !deletions.queue.lock().lacks_space;
             match ask() {
                 Err(Error::NoSpace(_)) if more => None,
                 answer => Some(answer),
@@ -123,13 +128,17 @@ impl Vfs {
     /// Waits until everything that can be deleted is (tests, and callers who want exact figures of free space).
     ///
     /// # Errors
-    /// If the filesystem has latched.
+    /// If the filesystem has latched; [`Error::NoSpace`] if what deletions write finds no space.
     pub fn wait_for_deletions(&self) -> Result<()> {
         self.env.wait(&self.deletions.event, || {
             if let Err(error) = self.check_writable() {
                 return Some(Err(error));
             }
-            (!self.has_deletions()).then_some(Ok(()))
+            if !self.has_deletions() {
+                return Some(Ok(()));
+            }
+            let lacks_space = self.deletions.queue.lock().lacks_space;
+            lacks_space.then_some(Err(Error::NoSpace("what is unlinked cannot be deleted now")))
         })?
     }
 
@@ -163,12 +172,12 @@ impl Vfs {
         Ok(false)
     }
 
-    /// One step of a deletion. Returns it if more is to be done.
-    fn delete_step(&self, mut deletion: Deletion, budget: u32) -> Result<(Option<Deletion>, Progress)> {
+    /// One step of a deletion. Returns whether more is to be done. After an error it can be taken again.
+    fn delete_step(&self, deletion: &mut Deletion, budget: u32) -> Result<(bool, Progress)> {
         if let Some(inode) = &deletion.inode {
             // Kept for ever: no writeback of this inode starts again.
             let Some(turn) = inode.try_writeback_turn() else {
-                return Ok((Some(deletion), Progress::Idle(Some(RETRY))));
+                return Ok((true, Progress::Idle(Some(RETRY))));
             };
             turn.keep();
             if let Some(file) = &inode.file {
@@ -178,17 +187,17 @@ impl Vfs {
                 self.give_back(file, dropped);
             }
             deletion.inode = None;
-            return Ok((Some(deletion), Progress::Worked));
+            return Ok((true, Progress::Worked));
         }
         if !deletion.extents_are_gone {
             let more = self.data.delete_extents_step(deletion.number, 0, budget.max(1) as usize)?;
             deletion.extents_are_gone = !more;
-            return Ok((Some(deletion), Progress::Worked));
+            return Ok((true, Progress::Worked));
         }
         let committed = self.transactions.run(CommitOptions::reclaim(), |transaction| {
             self.namespace.delete_orphan_step(transaction, deletion.number)
         })?;
-        Ok((committed.value.then_some(deletion), Progress::Worked))
+        Ok((committed.value, Progress::Worked))
     }
 }
 
@@ -218,21 +227,30 @@ impl Worker for DeletionWorker {
             vfs.deletions.event.notify();
             return Ok(Progress::Idle(None));
         }
-        let (deletion, scan_from) = {
+        let (mut deletion, scan_from) = {
             let mut queue = vfs.deletions.queue.lock();
             let deletion = queue.waiting.pop_front();
             queue.is_working = deletion.is_some() || queue.scan_from.is_some();
             (deletion, queue.scan_from)
         };
         let number = deletion.as_ref().map(|deletion| deletion.number);
-        let outcome = match (deletion, scan_from) {
+        let outcome = match (&mut deletion, scan_from) {
             (Some(deletion), _) => vfs.delete_step(deletion, budget),
-            (None, Some(from)) => vfs.scan_for_leftovers(from).map(|()| (None, Progress::Worked)),
-            (None, None) => Ok((None, Progress::Idle(None))),
+            (None, Some(from)) => vfs.scan_for_leftovers(from).map(|()| (false, Progress::Worked)),
+            (None, None) => Ok((false, Progress::Idle(None))),
         };
         let mut queue = vfs.deletions.queue.lock();
         queue.is_working = false;
-        let (unfinished, progress) = match outcome {
+        let lacked_space = std::mem::replace(&mut queue.lacks_space, matches!(outcome, Err(Error::NoSpace(_))));
+        let (is_unfinished, progress) = match outcome {
+            // There are others who may free some: no reason to stop everybody either.
+            Err(Error::NoSpace(reason)) => {
+                if !lacked_space {
+                    tracing::warn!("deletions wait for space: {reason}");
+                    vfs.deletions.event.notify();
+                }
+                (true, Progress::Idle(Some(RETRY_SPACE)))
+            }
             // Damage to one file, or to the notes, is no reason to stop everybody: what stays is the next mount's or fsck's.
             Err(error) if error.is_media_error() && vfs.journal.latched().is_none() => {
                 if number.is_none() {
@@ -240,11 +258,11 @@ impl Worker for DeletionWorker {
                 }
                 let what = number.map_or_else(|| "unlinked files".into(), |number| format!("unlinked inode {number}"));
                 tracing::error!("{what} cannot be deleted: {error}; fsck.coppice repairs it");
-                (None, Progress::Worked)
+                (false, Progress::Worked)
             }
             outcome => outcome?,
         };
-        if let Some(deletion) = unfinished {
+        if let Some(deletion) = deletion.filter(|_| is_unfinished) {
             match progress {
                 // The same one next, or the others first while it waits.
                 Progress::Worked => queue.waiting.push_front(deletion),

@@ -67,8 +67,38 @@ impl Worker for Committer {
     }
 }
 
+/// What [`run`] came to.
+#[derive(Default)]
+struct Outcome {
+    /// States that were opened.
+    opened: usize,
+    /// Commits in the middle of checkpoints.
+    committed: u64,
+    /// Checkpoints that found no space for some of their nodes, with others written.
+    set_aside: usize,
+}
+
+/// Makes a checkpoint, with no more buckets for nodes than it takes, found out by trying.
+fn checkpoint_in_little_space(world: &World) -> usize {
+    let mut set_aside = 0;
+    let metrics = &world.forest.metrics;
+    let images = || metrics.btree_node_rewrites.get() + metrics.btree_bset_appends.get();
+    loop {
+        let before = images();
+        match world.forest.checkpoint(&*world.log, CheckpointReason::Requested) {
+            Ok(_) => return set_aside,
+            Err(Error::NoSpace(_)) => {
+                set_aside += usize::from(images() > before);
+                world.assert_matches_log();
+                world.buckets.left.store(2, Ordering::Relaxed);
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
 /// Every boundary of a workload, with some ways for the writes to get lost at each.
-fn run(seed: u64, plans_for_each: usize) -> usize {
+fn run(seed: u64, plans_for_each: usize, in_little_space: bool) -> Outcome {
     let device = Arc::new(SimDevice::new(SIZE_BYTES, SimOptions { seed, ..SimOptions::default() }));
     let world = World::new(Arc::clone(&device) as Arc<dyn BlockDevice>, 2, 96 << 10);
     let moments: Arc<Mutex<Vec<Moment>>> = Arc::default();
@@ -95,20 +125,28 @@ fn run(seed: u64, plans_for_each: usize) -> usize {
     });
     world.env.register(Arc::clone(&committer) as Arc<dyn Worker>);
     let mut random = Random(seed);
+    let mut outcome = Outcome::default();
+    if in_little_space {
+        world.forest.set_test_switches(TestSwitches { no_slots_beforehand: true, ..TestSwitches::default() });
+        world.buckets.left.store(0, Ordering::Relaxed);
+    }
     for round in 0..10u64 {
         for index in 0..random.below(60) {
             change(&world, &mut random, round << 32 | index);
         }
         world.log.lag.store(random.below(8), Ordering::Relaxed);
-        world.checkpoint();
+        if in_little_space {
+            outcome.set_aside += checkpoint_in_little_space(&world);
+        } else {
+            world.checkpoint();
+        }
         world.assert_map_is_reachability();
     }
     device.clear_hook();
     world.env.unregister_all();
-    assert!(committer.commits.load(Ordering::Relaxed) > 100, "nothing was committed during checkpoints");
+    outcome.committed = committer.commits.load(Ordering::Relaxed);
 
     let moments = std::mem::take(&mut *moments.lock());
-    let mut opened = 0;
     for (index, moment) in moments.iter().enumerate() {
         let options = PlanOptions {
             exhaustive_up_to: 2,
@@ -133,7 +171,7 @@ fn run(seed: u64, plans_for_each: usize) -> usize {
             for btree in [BtreeId::Extents, BtreeId::Inodes, BtreeId::Buckets] {
                 assert_equal(&again.forest, btree, &world.model(btree, cut));
             }
-            opened += 1;
+            outcome.opened += 1;
             // Life goes on, in a few of them.
             if random.below(8) == 0 {
                 for index in 0..random.below(40) {
@@ -146,15 +184,24 @@ fn run(seed: u64, plans_for_each: usize) -> usize {
             }
         }
     }
-    opened
+    outcome
 }
 
 #[test]
 fn a_power_cut_at_any_boundary_loses_nothing_durable() {
-    let mut opened = 0;
-    for seed in 1..3 {
-        opened += run(seed, 3);
-    }
+    let outcomes: Vec<Outcome> = (1..3).map(|seed| run(seed, 3, false)).collect();
+    let opened: usize = outcomes.iter().map(|outcome| outcome.opened).sum();
+    assert!(opened > 300, "{opened} states were opened");
+    assert!(outcomes.iter().all(|outcome| outcome.committed > 100), "nothing was committed during checkpoints");
+}
+
+/// A checkpoint that found no space in the middle made the filesystem read-only. What it has written is now the next one's.
+#[test]
+fn a_checkpoint_without_space_for_all_nodes_is_ended_by_the_next() {
+    let outcomes: Vec<Outcome> = (1..13).map(|seed| run(seed, 1, true)).collect();
+    let opened: usize = outcomes.iter().map(|outcome| outcome.opened).sum();
+    let set_aside: usize = outcomes.iter().map(|outcome| outcome.set_aside).sum();
+    assert!(set_aside > 5, "{set_aside} checkpoints were set aside");
     assert!(opened > 300, "{opened} states were opened");
 }
 

@@ -203,13 +203,13 @@ fn the_previous_checkpoint_and_more_replay_give_the_same_state() {
 fn no_buckets_is_an_error_that_does_no_damage() {
     let world = world(2, 1 << 20);
     world.checkpoint();
-    world.buckets.exhausted.store(true, Ordering::Relaxed);
+    world.buckets.left.store(0, Ordering::Relaxed);
     for index in 0..3000u64 {
         world.commit(vec![(BtreeId::Extents, Position::new(index, 0, 0), Some(value(index, 200)))]);
     }
     let outcome = world.forest.checkpoint(&*world.log, CheckpointReason::Requested);
     assert!(matches!(outcome, Err(Error::NoSpace(_))), "{outcome:?}");
-    world.buckets.exhausted.store(false, Ordering::Relaxed);
+    world.buckets.left.store(u64::MAX, Ordering::Relaxed);
     world.checkpoint();
     world.assert_map_is_reachability();
     world.reopen(Arc::clone(&world.device), world.log.len()).unwrap().assert_matches_log();

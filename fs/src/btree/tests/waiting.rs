@@ -25,7 +25,7 @@ fn commits_beyond_the_dirty_cap_wait_for_the_worker() {
         forest: Arc::downgrade(&forest),
         log: Arc::clone(&log),
         bucket_count: superblock.members[0].bucket_count,
-        exhausted: AtomicBool::new(false),
+        left: AtomicU64::new(u64::MAX),
     });
     forest.set_node_buckets(buckets);
     env.register(

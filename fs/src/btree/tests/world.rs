@@ -2,7 +2,6 @@
 
 use super::*;
 use crate::format::space::{Bucket, BucketState};
-use crate::sync::atomic::AtomicBool;
 use crate::units::{BucketIndex, DeviceIndex};
 
 pub type Change = (BtreeId, Position, Option<Value>);
@@ -68,7 +67,8 @@ pub struct TestBuckets {
     pub forest: std::sync::Weak<Forest>,
     pub log: Arc<FakeLog>,
     pub bucket_count: u64,
-    pub exhausted: AtomicBool,
+    /// Buckets that may still be claimed.
+    pub left: AtomicU64,
 }
 
 impl TestBuckets {
@@ -90,9 +90,7 @@ impl TestBuckets {
 
 impl NodeBuckets for TestBuckets {
     fn claim(&self, count: usize) -> Result<Vec<(DeviceIndex, BucketIndex)>> {
-        if self.exhausted.load(Ordering::Relaxed) {
-            return Ok(Vec::new());
-        }
+        let count = count.min(usize::try_from(self.left.load(Ordering::Relaxed)).unwrap_or(usize::MAX));
         let half = self.bucket_count / 2;
         let mut claimed = Vec::new();
         for index in 0..half - 16 {
@@ -104,6 +102,7 @@ impl NodeBuckets for TestBuckets {
                 }
             }
         }
+        self.left.fetch_sub(claimed.len() as u64, Ordering::Relaxed);
         Ok(claimed)
     }
 
@@ -159,7 +158,7 @@ impl World {
             forest: Arc::downgrade(&forest),
             log: Arc::clone(&log),
             bucket_count,
-            exhausted: AtomicBool::new(false),
+            left: AtomicU64::new(u64::MAX),
         });
         forest.set_node_buckets(Arc::clone(&buckets) as Arc<dyn NodeBuckets>);
         Ok(Self { device, superblock, log, forest, epoch, cache_bytes, env, buckets })
