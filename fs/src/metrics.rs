@@ -85,6 +85,10 @@ counters! {
     buckets_discarded = "space.buckets_discarded",
     copygc_buckets = "copygc.buckets",
     copygc_bytes = "copygc.bytes",
+    /// How often these workers found no space for the keys that they change, and waited for some.
+    copygc_space_waits = "copygc.space_waits",
+    free_space_waits = "free.space_waits",
+    deletion_space_waits = "deletion.space_waits",
     data_bytes_written = "data.bytes_written",
     data_bytes_compressed_in = "data.bytes_compressed_in",
     data_bytes_compressed_out = "data.bytes_compressed_out",

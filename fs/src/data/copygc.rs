@@ -595,6 +595,7 @@ impl Worker for CopyGc {
             }
             // Not even for the keys: as if there were none for the data.
             Err(Error::NoSpace(reason)) => {
+                self.data.metrics.copygc_space_waits.increment();
                 if !self.lacks_space.swap(true, Ordering::Relaxed) {
                     tracing::warn!("copygc waits for space: {reason}");
                 }

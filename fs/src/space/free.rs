@@ -262,6 +262,7 @@ impl Worker for FreeWorker {
             Ok(_) => return Ok(Progress::Worked),
             // A checkpoint that finds some is enough. Who waits for a bucket is told.
             Err(Error::NoSpace(reason)) => {
+                space.metrics.free_space_waits.increment();
                 if !lacked_space {
                     tracing::warn!("emptied buckets wait for space to be freed in: {reason}");
                     space.allocator.changed().notify();

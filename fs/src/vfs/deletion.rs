@@ -245,6 +245,7 @@ impl Worker for DeletionWorker {
         let (is_unfinished, progress) = match outcome {
             // There are others who may free some: no reason to stop everybody either.
             Err(Error::NoSpace(reason)) => {
+                vfs.metrics.deletion_space_waits.increment();
                 if !lacked_space {
                     tracing::warn!("deletions wait for space: {reason}");
                     vfs.deletions.event.notify();
