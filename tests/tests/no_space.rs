@@ -122,8 +122,12 @@ fn assert_shows(what: &str, model: &Model, device: &Arc<SimDevice>, subject: &Co
 fn with_refusals(name: &str, workload: &[Operation], standard: &Coppice, first: u32, length: u32) -> (usize, u64) {
     let _limit = Limit::new();
     let what = format!("{name}, {length} allocations from {first} on");
-    let switches =
-        TestSwitches { refuse_allocations: Some((first, first.saturating_add(length - 1))), ..standard.switches };
+    let switches = TestSwitches {
+        refuse_allocations: Some((first, first.saturating_add(length - 1))),
+        // A checkpoint that asks for all of its buckets beforehand is refused before it has written anything.
+        no_slots_beforehand: first % 2 == 1,
+        ..standard.switches
+    };
     let subject = Coppice { switches, ..standard.clone() };
     let run_device = device_of(Image::new(DEVICE_BYTES));
     subject.format(&run_device).unwrap();
@@ -223,9 +227,12 @@ fn what_was_wrong_once() {
         (3, 6, u32::MAX),
         // A direct write that extends its file was done in part, and answered that nothing was.
         (5, 10, 12),
+        // A checkpoint claimed a bucket in the middle that had become free after its F: replay took it away from the nodes that were in it.
+        (10, 19, 1),
     ] {
         let (workload, standard) = workload(seed);
         let (refused, _) = with_refusals(&format!("random {seed}"), &workload, &standard, first, length);
-        assert!(refused > 0, "random {seed}, from {first} on");
+        // One alone is not always told.
+        assert!(refused > 0 || length == 1, "random {seed}, from {first} on");
     }
 }

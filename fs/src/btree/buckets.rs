@@ -76,23 +76,39 @@ impl Forest {
         }
     }
 
-    /// The journal, replayed, says that a bucket is, or is no longer, for nodes.
+    /// The journal, replayed, says that a bucket is, or is no longer, for nodes. Noted for [`Self::end_replay`].
     pub(super) fn replay_bucket(&self, position: Position, value: Option<&[u8]>) -> Result<()> {
         use crate::format::space::{Bucket, BucketState};
         let device = u8::try_from(position.inode)
             .map_err(|_| Error::corrupt("journal", format!("a bucket of device {}", position.inode)))?;
         let (device, bucket) = (DeviceIndex(device), BucketIndex(position.offset));
         let state = value.map(Bucket::decode).transpose()?.map_or(BucketState::Free, |bucket| bucket.state);
-        let mut space = self.space.lock();
-        if state == BucketState::Metadata {
+        let is_claimed = state == BucketState::Metadata;
+        if is_claimed {
             let known = self.reader.superblock.members.get(usize::from(device.0));
             if known.is_none_or(|member| bucket.0 >= member.bucket_count) {
                 return Err(Error::corrupt("journal", format!("bucket {bucket} of device {device} does not exist")));
             }
-            space.add_bucket(device, bucket);
-            Ok(())
-        } else {
-            space.forget_bucket(device, bucket)
         }
+        self.replayed_buckets.lock().insert((device, bucket), is_claimed);
+        Ok(())
+    }
+
+    /// All of the journal is replayed: its last word on each bucket holds. An earlier one may not: a bucket that became free after the newest
+    /// checkpoint's F can have been claimed by that checkpoint, which names nodes in it.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] if a bucket was given back in which the newest checkpoint has nodes.
+    pub fn end_replay(&self) -> Result<()> {
+        let buckets = std::mem::take(&mut *self.replayed_buckets.lock());
+        let mut space = self.space.lock();
+        for ((device, bucket), is_claimed) in buckets {
+            if is_claimed {
+                space.add_bucket(device, bucket);
+            } else {
+                space.forget_bucket(device, bucket)?;
+            }
+        }
+        Ok(())
     }
 }

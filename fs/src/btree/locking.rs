@@ -244,7 +244,7 @@ impl Forest {
         }
     }
 
-    /// Puts one key of a journal record, at mount.
+    /// Puts one key of a journal record, at mount. After all of them: [`Self::end_replay`].
     ///
     /// # Errors
     /// If a node cannot be read, or the key is larger than a node.

@@ -56,7 +56,7 @@ use crate::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering}
 use crate::sync::{Arc, LockClass, Mutex, Rank, RwLock};
 #[cfg(test)]
 use crate::units::JournalSequence;
-use crate::units::NodeId;
+use crate::units::{BucketIndex, DeviceIndex, NodeId};
 
 pub use buckets::NodeBuckets;
 pub use bulk::{BulkWriter, FreeSlots};
@@ -202,6 +202,8 @@ pub struct Forest {
     reclaim_idle_rounds: AtomicU32,
     /// The last checkpoint failed for lack of space.
     checkpoint_lacked_space: AtomicBool,
+    /// Buckets of which the replayed journal speaks, and whether they are for nodes now.
+    replayed_buckets: Mutex<BTreeMap<(DeviceIndex, BucketIndex), bool>>,
     /// Newest journal sequence of what the next checkpoint's record will name: changes in images, and claims of their slots.
     counted_on: AtomicU64,
     checkpoints_done: AtomicU64,
@@ -270,6 +272,7 @@ impl Forest {
             reclaim_pending: AtomicBool::new(false),
             reclaim_idle_rounds: AtomicU32::new(0),
             checkpoint_lacked_space: AtomicBool::new(false),
+            replayed_buckets: Mutex::default(),
             counted_on: AtomicU64::new(0),
             checkpoints_done: AtomicU64::new(0),
             checkpoint_event: Event::new(),

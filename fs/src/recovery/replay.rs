@@ -39,6 +39,7 @@ fn replay_trees(forest: &Forest, log: &Log, wanted: impl Fn(BtreeId) -> bool) ->
         }
         replayed.records += 1;
     }
+    forest.end_replay()?;
     Ok(replayed)
 }
 

@@ -213,6 +213,9 @@ impl Salvage {
                 }
             }
         }
+        if let Err(error) = self.forest.end_replay() {
+            self.warnings.push(format!("the journal and the node-space map differ: {error}"));
+        }
     }
 
     fn warn_of_interrupted_operations(&mut self) {

@@ -233,5 +233,6 @@ fn commits_splits_reads_and_checkpoints_at_once_keep_every_sum() {
             again.replay_put(*btree, *position, value.clone(), JournalSequence(sequence)).unwrap();
         }
     }
+    again.end_replay().unwrap();
     assert_equal(&again, BtreeId::Extents, &model);
 }

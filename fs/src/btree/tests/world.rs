@@ -207,6 +207,7 @@ impl World {
                 world.forest.replay_put(*btree, *position, value.clone(), sequence)?;
             }
         }
+        world.forest.end_replay()?;
         Ok(world)
     }
 
